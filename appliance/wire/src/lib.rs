@@ -1,0 +1,19 @@
+//! Everything that crosses between the work VM and its host.
+//!
+//! * [`control`]: the framed messages between `kontor-init` and `kontord`.
+//! * [`uplink`]: the frames between `kontor-tunnel` and `kontor-relay`.
+//! * [`probe`]: the test channel; only test images carry its other end.
+//! * [`reason`]: why a work VM stopped, as a closed list.
+//!
+//! Neither side trusts a byte of the other: every length has a named limit, every parser returns an
+//! error instead of panicking, and no buffer grows beyond its limit.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod control;
+mod frame;
+pub mod probe;
+pub mod reason;
+pub mod uplink;
+
+pub use frame::{Decoder, FrameError, encode};
