@@ -83,15 +83,9 @@ fn once<T>(slot: &mut Option<T>, value: T, name: &'static str) -> Result<(), Com
 fn parse_verity(value: &str) -> Option<Verity> {
     let mut parts = value.split(',');
     let root_hash: Digest = parts.next()?.parse().ok()?;
-    let salt = Digest::from_hex(parts.next()?)?;
+    let Digest(salt) = parts.next()?.parse().ok()?;
     let data_blocks = parts.next()?.parse().ok()?;
     parts.next().is_none().then_some(Verity { root_hash, salt, data_blocks })
-}
-
-impl Digest {
-    fn from_hex(text: &str) -> Option<[u8; 32]> {
-        text.parse::<Self>().ok().map(|d| d.0)
-    }
 }
 
 #[cfg(test)]
