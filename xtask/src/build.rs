@@ -1,0 +1,108 @@
+//! What is built before anything runs: the host's and the office's programs, the image, a tenant.
+
+use crate::run::{Error, Result, at, openly, quietly};
+use serde::{Deserialize, Serialize};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Where everything lies that the inside needs; handed over as a file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    /// The host's and the office's programs.
+    pub(crate) bin: PathBuf,
+    /// An unsigned image, as `kontor-image build` wrote it.
+    pub(crate) image: PathBuf,
+    /// Scratch for this run alone; removed at its end.
+    pub(crate) scratch: PathBuf,
+    /// The demo's JSON report goes here.
+    pub(crate) json: Option<PathBuf>,
+    /// Whether the slow tests run too.
+    pub(crate) all: bool,
+}
+
+impl Plan {
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path).map_err(at("read the plan", path))?;
+        serde_json::from_slice(&bytes).map_err(|source| Error::Json { what: "the plan".into(), source })
+    }
+
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let bytes =
+            serde_json::to_vec(self).map_err(|source| Error::Json { what: "the plan".into(), source })?;
+        fs::write(path, bytes).map_err(at("write the plan", path))
+    }
+}
+
+/// The programs that run on this machine.
+const HOST_PACKAGES: &[&str] =
+    &["kontor-builder", "kontor-control", "kontor-ctl", "kontor-daemon", "kontor-gateway", "kontor-relay"];
+/// The profile of demo and tests.
+const PROFILE: &str = "smoke";
+
+/// The repository's root.
+pub(crate) fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().map_or_else(|| here.to_owned(), Path::to_owned)
+}
+
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root());
+    cargo
+}
+
+/// Where the caches lie; all of them optional.
+pub(crate) fn cache() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("KONTOR_CACHE") {
+        return Ok(path.into());
+    }
+    let home = env::var_os("HOME").ok_or_else(|| Error::Unexpected("HOME is not set".into()))?;
+    Ok(Path::new(&home).join(".cache/kontor"))
+}
+
+/// Builds the programs; returns the directory they lie in.
+pub(crate) fn programs() -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--locked"]);
+    for package in HOST_PACKAGES {
+        command.args(["--package", package]);
+    }
+    openly(&mut command)?;
+    Ok(root().join("target/debug"))
+}
+
+/// Builds the image of [`PROFILE`] with the lock in the tree, or a fresh one where the archive has
+/// moved on; returns its directory.
+pub(crate) fn image(bin: &Path) -> Result<PathBuf> {
+    const UNREACHABLE: i32 = 5;
+    let tool = bin.join("kontor-image");
+    let out = root().join("target/kontor/image");
+    fs::create_dir_all(root().join("target/kontor")).map_err(at("create", &out))?;
+    let committed = root().join(format!("image-build/image/{PROFILE}.lock.toml"));
+    let build = |lock: &Path| {
+        let mut command = Command::new(&tool);
+        command.current_dir(root()).args(["build", "--profile", PROFILE, "--lock"]).arg(lock);
+        command.arg("--out").arg(&out);
+        openly(&mut command)
+    };
+    match build(&committed) {
+        Err(Error::Failed { status, .. }) if status.code() == Some(UNREACHABLE) => {
+            eprintln!("the committed lock names packages that the archive no longer has: locking afresh");
+            let fresh = root().join("target/kontor/fresh.lock.toml");
+            let mut lock = Command::new(&tool);
+            lock.current_dir(root()).args(["lock", "--profile", PROFILE, "--out"]).arg(&fresh);
+            openly(&mut lock)?;
+            build(&fresh)?;
+        }
+        other => other?,
+    }
+    Ok(out)
+}
+
+/// Copies `from` to `to`, sharing blocks where the file system can.
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+    quietly(Command::new("cp").args(["--archive", "--reflink=auto"]).arg(from).arg(to)).map(drop)
+}

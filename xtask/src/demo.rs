@@ -1,0 +1,122 @@
+//! `cargo xtask demo`: an office and a work VM on this machine, and a report of what happened.
+
+use crate::{
+    build::{self, Plan},
+    capture, leaks,
+    office::{GATEWAY_PORT, MEMORY_MIB, TITLE},
+    packages,
+    report::{ImageSize, Leak, Memory, Page, Report, Step, Uplink},
+    run::{Error, Result, at},
+    scene::{Scene, read_page, resident_kib, running},
+    world::{self, Role},
+};
+use serde_json::Value;
+use std::{
+    fs,
+    io::Write,
+    path::Path,
+    process::{ExitCode, Stdio},
+};
+
+/// Outside: builds, then runs [`inside`].
+pub(crate) fn run(json: Option<&Path>) -> Result<ExitCode> {
+    packages::ensure()?;
+    let bin = build::programs()?;
+    let image = build::image(&bin)?;
+    let scratch = world::scratch()?;
+    let file = scratch.path().join("report.json");
+    let plan = Plan { bin, image, scratch: scratch.path().to_owned(), json: Some(file.clone()), all: false };
+    let mut command = world::command(Role::Demo, &plan, &[])?;
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .map_err(|source| Error::Start("the outer namespaces".into(), source))?;
+    if let Some(target) = json.filter(|_| file.exists()) {
+        let bytes = fs::read(&file).map_err(at("read the report", &file))?;
+        if target == Path::new("-") {
+            let mut out = std::io::stdout().lock();
+            out.write_all(&bytes).map_err(at("write the report", target))?;
+        } else {
+            fs::write(target, bytes).map_err(at("write the report", target))?;
+        }
+    }
+    scratch.close().map_err(at("remove the run's directory", Path::new("/tmp")))?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Inside the outer namespaces.
+pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
+    let plan = Plan::read(plan)?;
+    let step = |text: &str| eprintln!("   {text}");
+    step("founding an office, enrolling a home PC");
+    let scene = Scene::open(&plan)?;
+    step("starting the work VM");
+    scene.home.start()?;
+    let status = scene.home.status()?;
+    let probe = scene.home.probe()?;
+    step("reading the intranet's page in the work VM");
+    let page = match read_page(&probe) {
+        Ok((title, time)) => {
+            Page { ok: title == TITLE, title, ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX) }
+        }
+        Err(error) => {
+            eprintln!("{}", crate::run::chain(&error));
+            Page { ok: false, title: String::new(), ms: 0 }
+        }
+    };
+    let mut made = Vec::new();
+    for (number, attempt) in leaks::ATTEMPTS.iter().enumerate() {
+        step(&format!("trying to leak: {}", attempt.name));
+        made.push(attempt.make(&probe, number)?);
+    }
+    let memory = Memory {
+        guest_mib: MEMORY_MIB,
+        kontord_kib: scene.home.kontord_pid().and_then(resident_kib).unwrap_or_default(),
+        relay_kib: running("kontor-relay").first().copied().and_then(resident_kib).unwrap_or_default(),
+    };
+    step("closing");
+    drop(probe);
+    scene.home.kontor(&["stop"])?;
+    let recording = scene.close()?;
+    let leaks = made
+        .into_iter()
+        .map(|m| Leak { name: m.name.into(), stopped: m.stopped(&recording), by: m.said })
+        .collect();
+    let report = Report {
+        page,
+        boot: steps(&status),
+        leaks,
+        uplink: Uplink { backend: "port".into(), tally: capture::tally(&recording.link, GATEWAY_PORT) },
+        image: image_size(&plan.image)?,
+        memory,
+        accel: status["accel"].as_str().unwrap_or("unknown").to_owned(),
+    };
+    if let Some(file) = &plan.json {
+        let mut bytes = serde_json::to_vec_pretty(&report)
+            .map_err(|source| Error::Json { what: "the report".into(), source })?;
+        bytes.push(b'\n');
+        fs::write(file, bytes).map_err(at("write the report", file))?;
+    }
+    eprintln!("{}", report.text());
+    Ok(if report.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn steps(status: &Value) -> Vec<Step> {
+    let states = status["states"].as_array().map(Vec::as_slice).unwrap_or_default();
+    states
+        .iter()
+        .map(|s| Step {
+            step: s["state"].as_str().unwrap_or_default().to_owned(),
+            ms: s["at_ms"].as_u64().unwrap_or_default(),
+        })
+        .collect()
+}
+
+fn image_size(image: &Path) -> Result<ImageSize> {
+    let file = image.join("image.json");
+    let bytes = fs::read(&file).map_err(at("read", &file))?;
+    let image: Value =
+        serde_json::from_slice(&bytes).map_err(|source| Error::Json { what: "image.json".into(), source })?;
+    let bytes = ["kernel", "initrd", "root"].iter().filter_map(|p| image[p]["bytes"].as_u64()).sum();
+    Ok(ImageSize { bytes, root_hash: image["verity"]["root_hash"].as_str().unwrap_or_default().to_owned() })
+}

@@ -1,0 +1,303 @@
+//! The office of demo and tests: keys and records, gateway, intranet, resolver.
+//!
+//! Control runs in the office's name on the employee's side only as long as it is a program that
+//! `kontord` calls; its files stand for the office's.
+
+use crate::{
+    build::Plan,
+    run::{Error, Result, at, quietly},
+    world::{Host, INTRANET_ADDRESS, OFFICE_ADDRESS},
+};
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+/// The gateway's UDP port.
+pub(crate) const GATEWAY_PORT: u16 = 51820;
+/// The gateway's id in bundle and lease.
+const GATEWAY_ID: u8 = 1;
+/// The intranet's name.
+pub(crate) const INTRANET_NAME: &str = "intranet.office.example";
+/// Title of the intranet's page.
+pub(crate) const TITLE: &str = "Kontor Hanse & Co: intranet";
+/// Path of a larger file on the intranet, for transfers that last.
+pub(crate) const LARGE_FILE: &str = "large.bin";
+/// Length of that file in bytes.
+pub(crate) const LARGE_FILE_LEN: usize = 8 << 20;
+/// The device's line and name.
+const LINE: &str = "sales";
+pub(crate) const DEVICE: &str = "anna-1";
+/// Memory of the work VM in MiB.
+pub(crate) const MEMORY_MIB: u64 = 256;
+
+/// A running office.
+pub(crate) struct Office {
+    directory: PathBuf,
+    bin: PathBuf,
+    gateway: Option<Child>,
+    servers: Vec<Child>,
+    /// The tenant's id.
+    pub(crate) tenant: String,
+}
+
+impl Office {
+    /// Makes the tenant and its keys.
+    pub(crate) fn found(plan: &Plan) -> Result<Self> {
+        let directory = plan.scratch.join("office");
+        fs::create_dir(&directory).map_err(at("create", &directory))?;
+        let mut office = Self {
+            directory,
+            bin: plan.bin.clone(),
+            gateway: None,
+            servers: Vec::new(),
+            tenant: String::new(),
+        };
+        let keys = office.path("keys");
+        quietly(office.tool("kontorctl").args(["keyset", "init", "--out"]).arg(&keys))?;
+        office.tenant = read_text(&keys.join("id"))?;
+        office.write_site()?;
+        Ok(office)
+    }
+
+    /// A file of the office.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The directory with the tenant's id and keysets, as `kontor-image sign` takes it.
+    pub(crate) fn tenant_directory(&self) -> PathBuf {
+        self.path("keys")
+    }
+
+    /// The directory that control answers from.
+    pub(crate) fn control_directory(&self) -> PathBuf {
+        self.path("control")
+    }
+
+    fn tool(&self, name: &str) -> Command {
+        Command::new(self.bin.join(name))
+    }
+
+    /// Signs the device record and the bundle, and lays out control's directory.
+    pub(crate) fn enrol(&self, host_key: &str, lease_s: u64) -> Result<()> {
+        let control = self.control_directory();
+        for part in ["", "devices", "bundles"] {
+            let path = control.join(part);
+            fs::create_dir_all(&path).map_err(at("create", &path))?;
+        }
+        let keys = self.path("keys");
+        crate::build::copy(&keys.join("keysets"), &control.join("keysets"))?;
+        crate::build::copy(&keys.join("lease.key"), &control.join("lease.key"))?;
+        let mut record = self.tool("kontorctl");
+        record.args(["device", "record", "--device", DEVICE, "--line", LINE, "--serial", "1"]);
+        record.args(["--host-key", host_key, "--keys"]).arg(&keys);
+        quietly(record.arg("--out").arg(self.device_record()))?;
+        self.sign_bundle(1, lease_s)?;
+        let admission = self.path("gateway.sock");
+        let config = format!(
+            "lease_s = {lease_s}\n\n[[gateway]]\nid = {GATEWAY_ID}\nadmission = {admission:?}\n\
+             pool_v4 = \"10.77.0.0/16\"\npool_v6 = \"fd77::/64\"\n"
+        );
+        write(&control.join("control.toml"), config.as_bytes())
+    }
+
+    /// The signed device record.
+    pub(crate) fn device_record(&self) -> PathBuf {
+        self.control_directory().join(format!("devices/{DEVICE}.json"))
+    }
+
+    /// The signed bundle.
+    pub(crate) fn bundle(&self) -> PathBuf {
+        self.control_directory().join(format!("bundles/{LINE}.json"))
+    }
+
+    fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
+        let gateway_key = self.gateway_key()?;
+        let source = format!(
+            r#"tenant = "{tenant}"
+line = "{LINE}"
+revision = {revision}
+min_release = 1
+lease_s_max = {lease_s}
+apply_s = 60
+silence_s = 180
+lapse_off_s = 60
+
+[[gateways]]
+id = {GATEWAY_ID}
+key = "{gateway_key}"
+endpoints = ["{OFFICE_ADDRESS}:{GATEWAY_PORT}"]
+v4 = "10.77.0.1"
+v6 = "fd77::1"
+
+[settings]
+allow_emulation = true
+allow_test_image = true
+memory_mib = {MEMORY_MIB}
+resolvers = ["{INTRANET_ADDRESS}"]
+
+[[access.destinations]]
+to = "{INTRANET_ADDRESS}/32"
+protocol = "tcp"
+ports = [80, 80]
+
+[[access.destinations]]
+to = "{INTRANET_ADDRESS}/32"
+protocol = "udp"
+ports = [53, 53]
+"#,
+            tenant = self.tenant,
+        );
+        let file = self.path("bundle.toml");
+        write(&file, source.as_bytes())?;
+        let mut sign = self.tool("kontorctl");
+        sign.args(["bundle", "sign", "--keys"]).arg(self.path("keys")).arg("--in").arg(&file);
+        quietly(sign.arg("--out").arg(self.bundle())).map(drop)
+    }
+
+    /// The gateway's public key; makes the key when there is none.
+    fn gateway_key(&self) -> Result<String> {
+        let public = self.path("gateway.pub");
+        if !public.exists() {
+            let printed =
+                quietly(self.tool("kontor-gateway").args(["key", "--out"]).arg(self.path("gateway.key")))?;
+            write(&public, &printed)?;
+        }
+        read_text(&public)
+    }
+
+    fn write_site(&self) -> Result<()> {
+        let site = self.path("site");
+        fs::create_dir(&site).map_err(at("create", &site))?;
+        let page =
+            format!("<!doctype html><html><head><title>{TITLE}</title></head><body>Moin.</body></html>\n");
+        write(&site.join("index.html"), page.as_bytes())?;
+        // Not compressible, and not the same everywhere.
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        };
+        let large: Vec<u8> = (0..LARGE_FILE_LEN / 8).flat_map(|_| random()).collect();
+        write(&site.join(LARGE_FILE), &large)
+    }
+
+    /// Starts the intranet's web server and resolver, and waits until the first answers.
+    pub(crate) fn open(&mut self) -> Result<()> {
+        let mut web = Host::Office.command("busybox");
+        web.args(["httpd", "-f", "-p"])
+            .arg(format!("{INTRANET_ADDRESS}:80"))
+            .arg("-h")
+            .arg(self.path("site"));
+        self.servers.push(spawn(&mut web)?);
+        let mut dns = Host::Office.command("dnsmasq");
+        dns.args([
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--no-resolv",
+            "--no-hosts",
+            "--pid-file=",
+        ]);
+        dns.args(["--user=root", "--group=", "--bind-interfaces", "--local=/office.example/"]);
+        dns.arg(format!("--listen-address={INTRANET_ADDRESS}"));
+        dns.arg(format!("--address=/{INTRANET_NAME}/{INTRANET_ADDRESS}"));
+        self.servers.push(spawn(&mut dns)?);
+        Ok(())
+    }
+
+    /// Starts the gateway and waits until it says that it is ready.
+    pub(crate) fn start_gateway(&mut self) -> Result<()> {
+        self.gateway_key()?;
+        let config = self.path("gateway.toml");
+        let text = format!(
+            r#"id = {GATEWAY_ID}
+listen = ["{OFFICE_ADDRESS}:{GATEWAY_PORT}"]
+key = {key:?}
+tun = "kgw0"
+v4 = "10.77.0.1"
+v6 = "fd77::1"
+pool_v4 = "10.77.0.0/16"
+pool_v6 = "fd77::/64"
+admission = {admission:?}
+state = {state:?}
+tenant = "{tenant}"
+keyset = {keyset:?}
+"#,
+            key = self.path("gateway.key"),
+            admission = self.path("gateway.sock"),
+            state = self.path("gateway-state"),
+            tenant = self.tenant,
+            keyset = self.path("keys/keysets/00000001.json"),
+        );
+        write(&config, text.as_bytes())?;
+        let mut command = Host::Office.command(self.bin.join("kontor-gateway"));
+        command.args(["run", "--config"]).arg(&config);
+        let (child, _) = await_line(&mut command, &self.path("gateway.log"), "ready")?;
+        self.gateway = Some(child);
+        Ok(())
+    }
+
+    /// Kills the gateway, as a crash would.
+    pub(crate) fn kill_gateway(&mut self) -> Result<()> {
+        let Some(mut gateway) = self.gateway.take() else { return Ok(()) };
+        gateway
+            .kill()
+            .and_then(|()| gateway.wait())
+            .map_err(|source| Error::Start("kill the gateway".into(), source))?;
+        Ok(())
+    }
+}
+
+impl Drop for Office {
+    fn drop(&mut self) {
+        for child in self.servers.iter_mut().chain(&mut self.gateway) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn spawn(command: &mut Command) -> Result<Child> {
+    let words = crate::run::text(command);
+    let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().map_err(|source| Error::Start(words, source))
+}
+
+/// Starts a service whose log goes to a file, and waits for a line of it that holds `word`.
+pub(crate) fn await_line(command: &mut Command, log: &Path, word: &str) -> Result<(Child, String)> {
+    let words = crate::run::text(command);
+    let failed = |source| Error::Start(words.clone(), source);
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;
+    let stderr = child.stderr.take().ok_or_else(|| Error::Unexpected("no standard error".into()))?;
+    let mut lines = BufReader::new(stderr);
+    let mut file = fs::File::create(log).map_err(at("create", log))?;
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if lines.read_line(&mut line).map_err(failed)? == 0 {
+            let status = child.wait().map_err(failed)?;
+            let output = format!(": {}", fs::read_to_string(log).unwrap_or_default().trim());
+            return Err(Error::Failed { command: words, status, output });
+        }
+        std::io::Write::write_all(&mut file, line.as_bytes()).map_err(at("write", log))?;
+        if line.contains(word) {
+            break;
+        }
+    }
+    std::thread::spawn(move || std::io::copy(&mut lines, &mut file));
+    Ok((child, line))
+}
+
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    Ok(fs::read_to_string(path).map_err(at("read", path))?.trim().to_owned())
+}
+
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(path, bytes).map_err(at("write", path))
+}

@@ -1,0 +1,107 @@
+//! The demo's report: JSON for machines, a page of text for people.
+
+use crate::capture::Tally;
+use serde::Serialize;
+use std::fmt::Write as _;
+
+/// The demo's outcome. The keys are an interface.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) page: Page,
+    pub(crate) boot: Vec<Step>,
+    pub(crate) leaks: Vec<Leak>,
+    pub(crate) uplink: Uplink,
+    pub(crate) image: ImageSize,
+    pub(crate) memory: Memory,
+    /// `kvm` or `tcg`.
+    pub(crate) accel: String,
+}
+
+/// The intranet's page as a program in the work VM read it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Page {
+    pub(crate) ok: bool,
+    pub(crate) title: String,
+    pub(crate) ms: u64,
+}
+
+/// A boot state and when it was reached, on the host's clock from `kontor start`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Step {
+    pub(crate) step: String,
+    pub(crate) ms: u64,
+}
+
+/// An attempt of root in the work VM to get a marked packet out by another way.
+#[derive(Debug, Serialize)]
+pub(crate) struct Leak {
+    pub(crate) name: String,
+    pub(crate) stopped: bool,
+    /// What stopped it.
+    pub(crate) by: String,
+}
+
+/// What left the employee's PC.
+#[derive(Debug, Serialize)]
+pub(crate) struct Uplink {
+    pub(crate) backend: String,
+    #[serde(flatten)]
+    pub(crate) tally: Tally,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ImageSize {
+    pub(crate) bytes: u64,
+    pub(crate) root_hash: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Memory {
+    pub(crate) guest_mib: u64,
+    pub(crate) kontord_kib: u64,
+    pub(crate) relay_kib: u64,
+}
+
+impl Report {
+    /// Whether everything went as it shall.
+    pub(crate) fn good(&self) -> bool {
+        self.page.ok && self.leaks.iter().all(|l| l.stopped) && self.uplink.tally.other_frames == 0
+    }
+
+    /// The report for people.
+    pub(crate) fn text(&self) -> String {
+        let mut out = String::new();
+        let mut line = |text: std::fmt::Arguments<'_>| {
+            let _ = out.write_fmt(text);
+            out.push('\n');
+        };
+        let Page { ok, title, ms } = &self.page;
+        line(format_args!("\nThe intranet's page, read by a program in the work VM"));
+        line(format_args!("  {} in {ms} ms", if *ok { format!("\"{title}\"") } else { "NOT READ".into() }));
+        line(format_args!("\nFrom press to work ({})", self.accel));
+        for Step { step, ms } in &self.boot {
+            line(format_args!("  {:>8.1} s  {step}", *ms as f64 / 1000.0));
+        }
+        line(format_args!("\nRoot in the work VM tries to get out"));
+        for Leak { name, stopped, by } in &self.leaks {
+            line(format_args!("  {} {name}: {by}", if *stopped { "stopped" } else { "LEAKED " }));
+        }
+        let Tally { tunnel_frames, other_frames, others } = &self.uplink.tally;
+        line(format_args!("\nWhat left the employee's PC, by capture on its link"));
+        line(format_args!("  {tunnel_frames} packets of the tunnel, {other_frames} others"));
+        for other in others {
+            line(format_args!("  other: {other}"));
+        }
+        line(format_args!("\nSizes"));
+        line(format_args!(
+            "  image   {:>6.1} MB, root hash {}",
+            self.image.bytes as f64 / 1e6,
+            self.image.root_hash
+        ));
+        line(format_args!("  guest   {:>6} MiB of memory", self.memory.guest_mib));
+        line(format_args!("  kontord {:>6.1} MiB resident", self.memory.kontord_kib as f64 / 1024.0));
+        line(format_args!("  relay   {:>6.1} MiB resident", self.memory.relay_kib as f64 / 1024.0));
+        line(format_args!("\n{}", if self.good() { "All as it shall be." } else { "NOT as it shall be." }));
+        out
+    }
+}

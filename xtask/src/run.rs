@@ -1,0 +1,88 @@
+//! Running programs, and what can go wrong with that.
+
+use std::{
+    error::Error as _,
+    io,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+};
+
+/// Why a task failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{what}: {path}")]
+    File {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("start {0}")]
+    Start(String, #[source] io::Error),
+    #[error("{command} ended with {status}{output}")]
+    Failed { command: String, status: ExitStatus, output: String },
+    #[error("this machine lacks the Debian packages: {0}; install them with: apt-get install {0}")]
+    Packages(String),
+    #[error("{0}")]
+    Unexpected(String),
+    #[error("talk to the work VM's probe")]
+    Probe(#[source] io::Error),
+    #[error("{what} is not the JSON that was expected")]
+    Json {
+        what: String,
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Packages(_)) { 4 } else { 1 }
+    }
+}
+
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+/// The error and all its causes, on one line.
+pub(crate) fn chain(error: &Error) -> String {
+    let mut text = format!("error: {error}");
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text.push_str(&format!(": {inner}"));
+        cause = inner.source();
+    }
+    text
+}
+
+/// For `map_err` on file operations.
+pub(crate) fn at<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {
+    move |source| Error::File { what, path: path.to_owned(), source }
+}
+
+/// The command as a person would type it.
+pub(crate) fn text(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|w| w.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+}
+
+/// Runs `command` to its end; its output is shown only when it fails.
+pub(crate) fn quietly(command: &mut Command) -> Result<Vec<u8>> {
+    let output =
+        command.stdin(Stdio::null()).output().map_err(|source| Error::Start(text(command), source))?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let tail = [output.stdout.as_slice(), b"\n", output.stderr.as_slice()].concat();
+    let tail = format!("\n{}", String::from_utf8_lossy(&tail).trim());
+    Err(Error::Failed { command: text(command), status: output.status, output: tail })
+}
+
+/// Runs `command` to its end with its output going where ours goes.
+pub(crate) fn openly(command: &mut Command) -> Result<()> {
+    let status =
+        command.stdin(Stdio::null()).status().map_err(|source| Error::Start(text(command), source))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(Error::Failed { command: text(command), status, output: String::new() })
+}

@@ -1,0 +1,98 @@
+//! Office, network and home PC together, as demo and tests need them.
+
+use crate::{
+    build::Plan,
+    capture::{Capture, Packet},
+    office::{INTRANET_NAME, Office},
+    probe::Probe,
+    run::{Error, Result, quietly},
+    workvm::HomePc,
+    world::{self, HOME_LINK, Host},
+};
+use std::{
+    fs,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+/// How long leases live unless a test wants it otherwise, in seconds.
+pub(crate) const LEASE_S: u64 = 8 * 3600;
+/// How long a command in the emulated machine may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running office and a home PC that may start its work VM.
+pub(crate) struct Scene {
+    pub(crate) office: Office,
+    pub(crate) home: HomePc,
+    link: Capture,
+    inside: Capture,
+}
+
+/// What was recorded while a scene was on.
+pub(crate) struct Recording {
+    /// Every packet of the employee's link.
+    pub(crate) link: Vec<Packet>,
+    /// Every packet of the office, behind the gateway too.
+    pub(crate) office: Vec<Packet>,
+}
+
+impl Scene {
+    /// Makes the hosts, founds the office, enrols the home PC and opens for business. No work VM yet.
+    pub(crate) fn open(plan: &Plan) -> Result<Self> {
+        world::make()?;
+        let mut office = Office::found(plan)?;
+        let (mut home, host_key) = HomePc::set_up(plan, &office)?;
+        office.enrol(&host_key, LEASE_S)?;
+        let release = plan.scratch.join("release");
+        let mut sign = Command::new(plan.bin.join("kontor-image"));
+        sign.args(["sign", "--version", "1", "--image"]).arg(&plan.image);
+        sign.arg("--tenant-dir").arg(office.tenant_directory()).arg("--out").arg(&release);
+        quietly(&mut sign)?;
+        home.provision(&office, &release)?;
+        office.open()?;
+        office.start_gateway()?;
+        let link = Capture::start(Host::Home, HOME_LINK, &plan.scratch.join("home.pcap"))?;
+        let inside = Capture::start(Host::Office, "any", &plan.scratch.join("office.pcap"))?;
+        home.start_kontord()?;
+        Ok(Self { office, home, link, inside })
+    }
+
+    /// Closes everything and returns what was recorded.
+    pub(crate) fn close(mut self) -> Result<Recording> {
+        self.home.stop_kontord()?;
+        Ok(Recording { link: self.link.stop()?, office: self.inside.stop()? })
+    }
+}
+
+/// Reads the intranet's page with a program in the work VM; its title and how long it took.
+pub(crate) fn read_page(probe: &Probe) -> Result<(String, Duration)> {
+    let begin = Instant::now();
+    let url = format!("http://{INTRANET_NAME}/");
+    let page = probe.must(1000, &["/usr/bin/curl", "-sS", "--fail", "--max-time", "30", &url], PATIENCE)?;
+    let title = page
+        .split_once("<title>")
+        .and_then(|(_, rest)| rest.split_once("</title>"))
+        .map(|(title, _)| title.to_owned())
+        .ok_or_else(|| Error::Unexpected(format!("a page without a title: {page}")))?;
+    Ok((title, begin.elapsed()))
+}
+
+/// Processes that run a program of the project's, by name; threads and this program itself aside.
+pub(crate) fn running(name: &str) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let program = command.split(|b| *b == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(program).rsplit('/').next().is_some_and(|p| p.starts_with(name))
+        })
+        .collect()
+}
+
+/// Resident memory of a process in KiB.
+pub(crate) fn resident_kib(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
+}

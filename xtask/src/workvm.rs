@@ -1,0 +1,163 @@
+//! The employee's side: `kontord` on the home PC, and `kontor` that steers it.
+
+use crate::{
+    build::Plan,
+    office::{DEVICE, Office, await_line, write},
+    probe::Probe,
+    run::{Error, Result, at, quietly, text},
+    world::Host,
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+};
+
+/// The home PC with Kontor installed.
+pub(crate) struct HomePc {
+    directory: PathBuf,
+    bin: PathBuf,
+    tenant: String,
+    kontord: Option<Child>,
+}
+
+impl HomePc {
+    /// Installs Kontor: configuration and host key. Returns the host key's public half too.
+    pub(crate) fn set_up(plan: &Plan, office: &Office) -> Result<(Self, String)> {
+        let directory = plan.scratch.join("home");
+        fs::create_dir(&directory).map_err(at("create", &directory))?;
+        let home = Self { directory, bin: plan.bin.clone(), tenant: office.tenant.clone(), kontord: None };
+        let config = format!(
+            r#"state = {state:?}
+socket = {socket:?}
+tenant = "{tenant}"
+device = "{DEVICE}"
+office_command = [{control:?}, "answer", "--dir", {directory:?}]
+probe_socket = {probe:?}
+"#,
+            state = home.path("state"),
+            socket = home.path("kontord.sock"),
+            tenant = office.tenant,
+            control = home.bin.join("kontor-control"),
+            directory = office.control_directory(),
+            probe = home.path("probe.sock"),
+        );
+        write(&home.path("kontord.toml"), config.as_bytes())?;
+        let key = quietly(&mut home.kontord("host-key"))?;
+        Ok((home, String::from_utf8_lossy(&key).trim().to_owned()))
+    }
+
+    /// A file of the home PC.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// A verb of `kontord` that is not the service.
+    fn kontord(&self, verb: &str) -> Command {
+        let mut command = Command::new(self.bin.join("kontord"));
+        command.arg(verb).arg("--config").arg(self.path("kontord.toml"));
+        command
+    }
+
+    /// Stores the office's documents and installs a release.
+    pub(crate) fn provision(&self, office: &Office, release: &std::path::Path) -> Result<()> {
+        let mut documents = self.kontord("provision");
+        documents.arg("--keyset").arg(office.path("keys/keysets/00000001.json"));
+        documents.arg("--device").arg(office.device_record()).arg("--bundle").arg(office.bundle());
+        quietly(&mut documents)?;
+        self.install(release)
+    }
+
+    /// Installs a release.
+    pub(crate) fn install(&self, release: &std::path::Path) -> Result<()> {
+        quietly(self.kontord("install").arg(release)).map(drop)
+    }
+
+    /// Starts `kontord` and waits until it serves its socket.
+    pub(crate) fn start_kontord(&mut self) -> Result<()> {
+        let mut command = Host::Home.command(self.bin.join("kontord"));
+        command.args(["run", "--user", "--config"]).arg(self.path("kontord.toml"));
+        let (child, _) = await_line(&mut command, &self.path("kontord.log"), "ready")?;
+        self.kontord = Some(child);
+        Ok(())
+    }
+
+    /// Runs a verb of `kontor` to its end.
+    pub(crate) fn kontor(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(self.bin.join("kontor"));
+        command.arg("--socket").arg(self.path("kontord.sock")).args(arguments).stdin(Stdio::null());
+        command.output().map_err(|source| Error::Start(text(&command), source))
+    }
+
+    /// Starts the work VM and waits until its session runs.
+    pub(crate) fn start(&self) -> Result<()> {
+        let output = self.kontor(&["start", "--headless"])?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = [output.stdout, output.stderr].concat();
+        let console = fs::read(self.console_log()).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console);
+        let tail: Vec<&str> = console.lines().rev().take(40).collect();
+        Err(Error::Unexpected(format!(
+            "kontor start ended with {}: {}\nconsole:\n{}",
+            output.status,
+            String::from_utf8_lossy(&said).trim(),
+            tail.into_iter().rev().collect::<Vec<_>>().join("\n")
+        )))
+    }
+
+    /// `kontor status --json`.
+    pub(crate) fn status(&self) -> Result<Value> {
+        let output = self.kontor(&["status", "--json"])?;
+        serde_json::from_slice(&output.stdout)
+            .map_err(|source| Error::Json { what: "kontor status --json".into(), source })
+    }
+
+    /// Connects to the running work VM's probe.
+    pub(crate) fn probe(&self) -> Result<Probe> {
+        Probe::connect(&self.path("probe.sock"))
+    }
+
+    /// A file of the installed release.
+    pub(crate) fn slot_file(&self, name: &str) -> Result<PathBuf> {
+        let file = self.device_directory().join("slots/A").join(name);
+        if file.exists() { Ok(file) } else { Err(Error::Unexpected(format!("no {}", file.display()))) }
+    }
+
+    fn console_log(&self) -> PathBuf {
+        self.device_directory().join("console.log")
+    }
+
+    /// Where kontord keeps what belongs to the device.
+    fn device_directory(&self) -> PathBuf {
+        self.path("state").join(&self.tenant).join(DEVICE)
+    }
+
+    /// The process id of `kontord`.
+    pub(crate) fn kontord_pid(&self) -> Option<u32> {
+        self.kontord.as_ref().map(Child::id)
+    }
+
+    /// Ends `kontord` in an orderly way.
+    pub(crate) fn stop_kontord(&mut self) -> Result<()> {
+        let Some(mut child) = self.kontord.take() else { return Ok(()) };
+        let failed = |source| Error::Start("stop kontord".into(), source);
+        if let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+            kill_process(pid, Signal::TERM).map_err(|e| failed(e.into()))?;
+        }
+        child.wait().map_err(failed)?;
+        Ok(())
+    }
+}
+
+impl Drop for HomePc {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.kontord.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! A small internet on this machine, for as long as one process lives.
+//!
+//! ```text
+//!   home (the employee's PC)      net (a router)             office
+//!   10.44.1.2 ───────────── 10.44.1.1   203.0.113.1 ───────────── 203.0.113.2
+//!                           a neighbour's address                 intranet 10.88.0.10 (behind the gateway)
+//!                           on the home LAN
+//! ```
+//!
+//! All three are network namespaces inside one outer user, mount and process-id namespace, which
+//! `unshare` makes: when its first process ends, the kernel ends everything in it.
+
+use crate::{
+    build::Plan,
+    run::{Result, at, quietly},
+};
+use std::{env, fs, path::Path, process::Command};
+
+/// What the inside is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Role {
+    Demo,
+    Suite,
+}
+
+/// One of the three hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Host {
+    Home,
+    Net,
+    Office,
+}
+
+/// The interface by which packets leave the employee's PC.
+pub(crate) const HOME_LINK: &str = "home0";
+/// The employee's PC on its LAN.
+pub(crate) const HOME_ADDRESS: &str = "10.44.1.2";
+/// The home router, which is also every other device on the employee's LAN.
+pub(crate) const LAN_NEIGHBOUR: &str = "10.44.1.1";
+/// The gateway as the internet sees it.
+pub(crate) const OFFICE_ADDRESS: &str = "203.0.113.2";
+/// The intranet's web server, reachable only through the gateway.
+pub(crate) const INTRANET_ADDRESS: &str = "10.88.0.10";
+
+impl Host {
+    const ALL: [Self; 3] = [Self::Home, Self::Net, Self::Office];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Home => "home",
+            Self::Net => "net",
+            Self::Office => "office",
+        }
+    }
+
+    /// A command that will run on this host.
+    pub(crate) fn command(self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name())).arg("--").arg(program.as_ref());
+        command
+    }
+
+    fn ip(self, arguments: &str) -> Result<()> {
+        quietly(self.command("ip").args(arguments.split_ascii_whitespace())).map(drop)
+    }
+}
+
+/// The command that runs this program again as `role` inside the outer namespaces.
+pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Command> {
+    let file = plan.scratch.join("plan.json");
+    plan.write(&file)?;
+    let own = env::current_exe().map_err(at("find", Path::new("/proc/self/exe")))?;
+    let role = match role {
+        Role::Demo => "demo",
+        Role::Suite => "suite",
+    };
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--net", "--mount", "--ipc", "--uts", "--pid"]);
+    command.args(["--mount-proc", "--fork", "--kill-child=SIGKILL", "--"]);
+    command.arg(own).args(["inside", role]).arg(file).arg("--").args(rest);
+    Ok(command)
+}
+
+/// Makes the three hosts and their links. Call it once, inside.
+pub(crate) fn make() -> Result<()> {
+    quietly(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"]))?;
+    for host in Host::ALL {
+        quietly(Command::new("ip").args(["netns", "add", host.name()]))?;
+        host.ip("link set lo up")?;
+    }
+    let net = Host::Net;
+    net.ip("link add lan0 type veth peer name home0 netns /run/netns/home")?;
+    net.ip("link add wan0 type veth peer name office0 netns /run/netns/office")?;
+    net.ip("address add 10.44.1.1/24 dev lan0")?;
+    net.ip("address add 203.0.113.1/24 dev wan0")?;
+    net.ip("link set lan0 up")?;
+    net.ip("link set wan0 up")?;
+    quietly(net.command("sysctl").args(["-qw", "net.ipv4.ip_forward=1"]))?;
+    Host::Home.ip("address add 10.44.1.2/24 dev home0")?;
+    Host::Home.ip("link set home0 up")?;
+    Host::Home.ip("route add default via 10.44.1.1")?;
+    let office = Host::Office;
+    office.ip("address add 203.0.113.2/24 dev office0")?;
+    office.ip("link set office0 up")?;
+    office.ip("route add default via 203.0.113.1")?;
+    office.ip("address add 10.88.0.10/32 dev lo")?;
+    office.ip("address add fd88::10/128 dev lo")
+}
+
+/// A directory for this run alone, readable by nobody else.
+pub(crate) fn scratch() -> Result<tempfile::TempDir> {
+    let base = env::temp_dir();
+    tempfile::Builder::new().prefix("kontor-run-").tempdir_in(&base).map_err(at("make a directory in", &base))
+}
