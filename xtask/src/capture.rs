@@ -1,26 +1,28 @@
-//! What really went over a link: `tcpdump` writes, this reads and classifies.
-//!
-//! The file is the classic capture format (pcap, magic `a1b2c3d4`, little endian here): a header of 24
-//! bytes, then records of 16 bytes of header (seconds, microseconds, captured length, true length)
-//! and the packet.
+//! What really went over a link, and what each packet is.
 
 use crate::{
-    run::{Error, Result, at},
+    run::{Error, Result},
+    sys,
     world::{Host, OFFICE_ADDRESS},
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 use std::{
-    fs,
-    io::{BufRead, BufReader},
+    fs::File,
+    io,
     net::Ipv4Addr,
-    path::{Path, PathBuf},
-    process::{Child, Stdio},
+    os::fd::{AsFd, OwnedFd},
+    sync::mpsc,
+    thread::JoinHandle,
 };
 
-/// A running capture.
+/// A running capture. Packets are kept in memory: a run here moves some tens of megabytes.
 pub(crate) struct Capture {
-    child: Child,
-    file: PathBuf,
+    thread: JoinHandle<io::Result<Vec<Packet>>>,
+    /// Closed to end the recording.
+    running: OwnedFd,
 }
 
 /// One captured Ethernet frame.
@@ -38,60 +40,70 @@ pub(crate) struct Tally {
 }
 
 impl Capture {
-    /// Starts to record `interface` of `host`; returns once the recording runs.
-    pub(crate) fn start(host: Host, interface: &str, file: &Path) -> Result<Self> {
-        let mut command = host.command("tcpdump");
-        command
-            .args(["-i", interface, "-n", "-s", "0", "-B", "65536", "-U", "--immediate-mode", "-w"])
-            .arg(file);
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(|source| Error::Start("tcpdump".into(), source))?;
-        let stderr = child.stderr.take().ok_or_else(|| Error::Unexpected("tcpdump has no stderr".into()))?;
-        let mut said = String::new();
-        let mut lines = BufReader::new(stderr);
-        while !said.contains("listening on") {
-            let before = said.len();
-            lines.read_line(&mut said).map_err(|source| Error::Start("tcpdump".into(), source))?;
-            if said.len() == before {
-                return Err(Error::Unexpected(format!("tcpdump did not start: {}", said.trim())));
-            }
-        }
-        std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
-        Ok(Self { child, file: file.to_owned() })
+    /// Starts to record `interface` of `host`, or all its interfaces; returns once the recording runs.
+    pub(crate) fn start(host: Host, interface: Option<&'static str>) -> Result<Self> {
+        let failed = |source: io::Error| Error::Start("a capture".into(), source);
+        let (stop, running) = rustix::pipe::pipe().map_err(|e| failed(e.into()))?;
+        let (started, is_started) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let socket = open(host, interface);
+            let socket = match socket {
+                Ok(socket) => {
+                    let _ = started.send(Ok(()));
+                    socket
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    return Ok(Vec::new());
+                }
+            };
+            record(&socket, &stop)
+        });
+        let outcome = is_started.recv().map_err(|_| Error::Unexpected("a capture ended".into()))?;
+        outcome.map_err(failed)?;
+        Ok(Self { thread, running })
     }
 
-    /// Ends the recording; returns what was recorded.
-    pub(crate) fn stop(mut self) -> Result<Vec<Packet>> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| Error::Unexpected("tcpdump has no process id".into()))?;
-        kill_process(pid, Signal::INT).map_err(|e| Error::Start("stop tcpdump".into(), e.into()))?;
-        self.child.wait().map_err(|source| Error::Start("tcpdump".into(), source))?;
-        read(&self.file)
+    /// Ends the recording; returns what was recorded. A recording with holes is an error.
+    pub(crate) fn stop(self) -> Result<Vec<Packet>> {
+        drop(self.running);
+        let packets = self.thread.join().map_err(|_| Error::Unexpected("a capture panicked".into()))?;
+        packets.map_err(|source| Error::Start("a capture".into(), source))
     }
 }
 
-/// Reads a capture file.
-pub(crate) fn read(file: &Path) -> Result<Vec<Packet>> {
-    const MAGIC: [u8; 4] = 0xa1b2_c3d4_u32.to_le_bytes();
-    const FILE_HEADER: usize = 24;
-    const RECORD_HEADER: usize = 16;
-    let bytes = fs::read(file).map_err(at("read the capture", file))?;
-    if bytes.get(..4) != Some(&MAGIC[..]) {
-        return Err(Error::Unexpected(format!("{} is no capture file", file.display())));
-    }
-    let mut rest = bytes.get(FILE_HEADER..).unwrap_or_default();
+/// A packet socket in the host's network namespace; the calling thread moves there for good.
+fn open(host: Host, interface: Option<&str>) -> io::Result<OwnedFd> {
+    let namespace = File::open(host.namespace())?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+    let index = interface.map(|name| {
+        rustix::net::netdevice::name_to_index(
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?,
+            name,
+        )
+    });
+    sys::packet_socket(index.transpose()?)
+}
+
+/// Receives until the other end of `stop` closes, and then what is still queued.
+fn record(socket: &OwnedFd, stop: &OwnedFd) -> io::Result<Vec<Packet>> {
+    const LONGEST: usize = 128 * 1024;
+    let mut buffer = vec![0; LONGEST];
     let mut packets = Vec::new();
-    while let Some((header, body)) = rest.split_at_checked(RECORD_HEADER) {
-        let captured = u32::from_le_bytes([header[8], header[9], header[10], header[11]]) as usize;
-        let Some((packet, next)) = body.split_at_checked(captured) else { break };
-        packets.push(packet.to_owned());
-        rest = next;
+    loop {
+        let mut ready = [PollFd::new(socket, PollFlags::IN), PollFd::new(stop, PollFlags::empty())];
+        poll(&mut ready, None)?;
+        if ready[0].revents().contains(PollFlags::IN) {
+            let length = rustix::io::read(socket, &mut buffer[..])?;
+            packets.push(buffer[..length].to_vec());
+        } else if !ready[1].revents().is_empty() {
+            break;
+        }
     }
-    Ok(packets)
+    match sys::lost_packets(socket)? {
+        0 => Ok(packets),
+        lost => Err(io::Error::other(format!("{lost} packets were not recorded"))),
+    }
 }
 
 /// Sorts the packets of the employee's link.

@@ -3,7 +3,7 @@
 //! Everything that needs the network or a package happens outside, as the caller; everything that
 //! runs Kontor happens inside one outer user namespace ([`world`]) that takes processes, mounts and
 //! interfaces with it when it ends.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod build;
 mod capture;
@@ -16,6 +16,7 @@ mod report;
 mod run;
 mod scene;
 mod suite;
+mod sys;
 mod test;
 mod workvm;
 mod world;

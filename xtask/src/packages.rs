@@ -16,7 +16,6 @@ const NEEDED: &[&str] = &[
     "mount",
     "procps",
     "qemu-system-x86",
-    "tcpdump",
     "uidmap",
     "util-linux",
 ];

@@ -51,8 +51,8 @@ impl Scene {
         home.provision(&office, &release)?;
         office.open()?;
         office.start_gateway()?;
-        let link = Capture::start(Host::Home, HOME_LINK, &plan.scratch.join("home.pcap"))?;
-        let inside = Capture::start(Host::Office, "any", &plan.scratch.join("office.pcap"))?;
+        let link = Capture::start(Host::Home, Some(HOME_LINK))?;
+        let inside = Capture::start(Host::Office, None)?;
         home.start_kontord()?;
         Ok(Self { office, home, link, inside })
     }

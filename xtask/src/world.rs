@@ -14,7 +14,7 @@ use crate::{
     build::Plan,
     run::{Result, at, quietly},
 };
-use std::{env, fs, path::Path, process::Command};
+use std::{env, path::Path, process::Command};
 
 /// What the inside is there for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -53,10 +53,15 @@ impl Host {
         }
     }
 
+    /// The file that stands for the host's network namespace.
+    pub(crate) fn namespace(self) -> String {
+        format!("/run/netns/{}", self.name())
+    }
+
     /// A command that will run on this host.
     pub(crate) fn command(self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.name())).arg("--").arg(program.as_ref());
+        command.arg(format!("--net={}", self.namespace())).arg("--").arg(program.as_ref());
         command
     }
 
