@@ -36,9 +36,6 @@ impl Plan {
     }
 }
 
-/// The programs that run on this machine.
-const HOST_PACKAGES: &[&str] =
-    &["kontor-builder", "kontor-control", "kontor-ctl", "kontor-daemon", "kontor-gateway", "kontor-relay"];
 /// The profile of demo and tests.
 const PROFILE: &str = "smoke";
 
@@ -65,12 +62,8 @@ pub(crate) fn cache() -> Result<PathBuf> {
 
 /// Builds the programs; returns the directory they lie in.
 pub(crate) fn programs() -> Result<PathBuf> {
-    let mut command = cargo();
-    command.args(["build", "--locked"]);
-    for package in HOST_PACKAGES {
-        command.args(["--package", package]);
-    }
-    openly(&mut command)?;
+    // The whole workspace, so that dependencies are built once, with the features that tests use too.
+    openly(cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
     Ok(root().join("target/debug"))
 }
 

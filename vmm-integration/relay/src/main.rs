@@ -1,1 +1,141 @@
-fn main() {}
+//! `kontor-relay --uplink 3 --control 4 --udp4 5 [--udp6 6]`: each number is a descriptor that kontord
+//! handed over. Ends with 0 when it was told to or the virtual machine is gone, 3 when the guest broke
+//! the rules of the uplink, 2 on a wrong command line, 1 on anything else.
+
+use kontor_relay::{End, Limits, Relay, Wires};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use std::{
+    error::Error,
+    net::UdpSocket,
+    os::{
+        fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    process::ExitCode,
+};
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const NOT_VERIFIED: u8 = 3;
+
+/// Descriptors that `poll` is given at most. As the limit on open ones it keeps the relay from opening
+/// anything: every lower number is taken.
+const POLLED: u64 = 4;
+
+fn main() -> ExitCode {
+    let numbers = match Numbers::parse(std::env::args().skip(1)) {
+        Ok(numbers) => numbers,
+        Err(words) => {
+            eprintln!("kontor-relay: {words}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    match run(&numbers) {
+        Ok(End::Shutdown | End::UplinkClosed) => ExitCode::SUCCESS,
+        Ok(End::Garbage) => ExitCode::from(NOT_VERIFIED),
+        Err(error) => {
+            let mut words = error.to_string();
+            let mut cause = error.source();
+            while let Some(next) = cause {
+                words = format!("{words}: {next}");
+                cause = next.source();
+            }
+            eprintln!("kontor-relay: {words}");
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Numbers of the inherited descriptors.
+#[derive(Debug, PartialEq, Eq)]
+struct Numbers {
+    uplink: RawFd,
+    control: RawFd,
+    udp4: RawFd,
+    udp6: Option<RawFd>,
+}
+
+impl Numbers {
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
+        let [mut uplink, mut control, mut udp4, mut udp6] = [None::<RawFd>; 4];
+        let mut seen = Vec::new();
+        while let Some(name) = words.next() {
+            let place = match name.as_str() {
+                "--uplink" => &mut uplink,
+                "--control" => &mut control,
+                "--udp4" => &mut udp4,
+                "--udp6" => &mut udp6,
+                _ => return Err(format!("{name:?} is no option of the relay")),
+            };
+            let number = words.next().and_then(|word| word.parse().ok()).filter(|&fd: &RawFd| fd > 2);
+            let number = number.ok_or_else(|| format!("{name} takes the number of a descriptor above 2"))?;
+            if seen.contains(&number) || place.replace(number).is_some() {
+                return Err(format!("{name} {number} is given twice"));
+            }
+            seen.push(number);
+        }
+        let must = |fd: Option<RawFd>, name| fd.ok_or_else(|| format!("{name} is missing"));
+        Ok(Self {
+            uplink: must(uplink, "--uplink")?,
+            control: must(control, "--control")?,
+            udp4: must(udp4, "--udp4")?,
+            udp6,
+        })
+    }
+}
+
+fn run(numbers: &Numbers) -> Result<End, Box<dyn Error>> {
+    let uplink = UnixStream::from(take(numbers.uplink)?);
+    uplink.set_nonblocking(true)?;
+    let udp4 = UdpSocket::from(take(numbers.udp4)?);
+    udp4.set_nonblocking(true)?;
+    let udp6 = numbers.udp6.map(take).transpose()?.map(UdpSocket::from);
+    udp6.as_ref().map_or(Ok(()), |socket| socket.set_nonblocking(true))?;
+    let control = take(numbers.control)?;
+    setrlimit(Resource::Nofile, Rlimit { current: Some(POLLED), maximum: Some(POLLED) })?;
+    Ok(Relay::new(Wires { uplink, control, udp4, udp6 }, Limits::default()).run()?)
+}
+
+fn take(number: RawFd) -> Result<OwnedFd, Box<dyn Error>> {
+    // SAFETY: the borrow ends with this statement, and all that is done is to ask whether the number is
+    // an open descriptor.
+    let open = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
+    open.map_err(|error| format!("descriptor {number}: {error}"))?;
+    // SAFETY: it is open. The number comes from the command line, where each stands once
+    // (`Numbers::parse`), and nothing in this process has opened a descriptor of its own yet: nobody else
+    // owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Numbers, String> {
+        Numbers::parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn command_line_of_kontord_is_read() {
+        let numbers = Numbers { uplink: 3, control: 4, udp4: 5, udp6: Some(6) };
+        assert_eq!(parse("--uplink 3 --control 4 --udp4 5 --udp6 6"), Ok(numbers));
+        let numbers = Numbers { uplink: 3, control: 4, udp4: 5, udp6: None };
+        assert_eq!(parse("--uplink 3 --control 4 --udp4 5"), Ok(numbers));
+    }
+
+    #[test]
+    fn wrong_command_lines_are_refused() {
+        for line in [
+            "",
+            "--uplink 3 --control 4",
+            "--uplink 3 --control 3 --udp4 5",
+            "--uplink 3 --uplink 4 --control 5 --udp4 6",
+            "--uplink 2 --control 4 --udp4 5",
+            "--uplink x --control 4 --udp4 5",
+            "--uplink 3 --control 4 --udp4",
+            "--uplink 3 --control 4 --udp4 5 --tap 6",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Everything that PID 1 waits for, in one place: the host, its children, the tunnel, the time.
+
+use super::control::{Control, ControlError};
+use crate::clock::{Moment, timespec};
+use crate::link::{FromTunnel, Link, LinkError, ToTunnel};
+use kontor_wire::control::{FromGuest, FromHost};
+use rustix::event::epoll;
+use rustix::io::{Errno, read};
+use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// One thing that happened.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The host said something.
+    Host(FromHost),
+    /// A process ended and was reaped; orphans of others come here too.
+    Child(Pid, WaitStatus),
+    /// The tunnel said something.
+    Tunnel(FromTunnel),
+    /// The moment that was waited for has come.
+    Late,
+}
+
+/// Why nothing can be waited for any more.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EventsError {
+    #[error("the control channel")]
+    Control(#[source] ControlError),
+    #[error("the tunnel's socket")]
+    Tunnel(#[source] LinkError),
+    #[error("wait for events")]
+    Wait(#[source] io::Error),
+}
+
+impl From<Errno> for EventsError {
+    fn from(error: Errno) -> Self {
+        Self::Wait(error.into())
+    }
+}
+
+/// The sources of events, asked in turn.
+#[derive(Debug)]
+pub(crate) struct Events {
+    set: OwnedFd,
+    control: Control,
+    /// Readable when children ended; only PID 1 reaps, so elsewhere there is none.
+    children: Option<OwnedFd>,
+    tunnel: Option<Link>,
+}
+
+impl Events {
+    /// Waits for the host, and for children when `children` says when there are some.
+    pub(crate) fn new(control: Control, children: Option<OwnedFd>) -> Result<Self, EventsError> {
+        let events =
+            Self { set: epoll::create(epoll::CreateFlags::CLOEXEC)?, control, children, tunnel: None };
+        events.watch(events.control.as_fd())?;
+        if let Some(children) = &events.children {
+            events.watch(children.as_fd())?;
+        }
+        Ok(events)
+    }
+
+    fn watch(&self, source: BorrowedFd<'_>) -> Result<(), EventsError> {
+        Ok(epoll::add(&self.set, source, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?)
+    }
+
+    /// From now on waits for the tunnel too.
+    pub(crate) fn add_tunnel(&mut self, link: Link) -> Result<(), EventsError> {
+        self.watch(link.as_fd())?;
+        self.tunnel = Some(link);
+        Ok(())
+    }
+
+    /// Says something to the host.
+    pub(crate) fn tell_host(&self, message: &FromGuest) -> Result<(), EventsError> {
+        self.control.send(message).map_err(EventsError::Control)
+    }
+
+    /// Says something to the tunnel.
+    pub(crate) fn tell_tunnel(&self, message: &ToTunnel) -> Result<(), EventsError> {
+        let link = self.tunnel.as_ref().ok_or(EventsError::Tunnel(LinkError::Gone))?;
+        link.send(message).map_err(EventsError::Tunnel)
+    }
+
+    /// The next event; [`Event::Late`] at `until` even when others wait, so that nobody can hold up a
+    /// deadline by talking.
+    pub(crate) fn next(&mut self, until: Option<Moment>) -> Result<Event, EventsError> {
+        loop {
+            let left = until.map(|moment| moment.since(Moment::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(Event::Late);
+            }
+            if let Some(event) = self.take()? {
+                return Ok(event);
+            }
+            let nothing =
+                epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+            match epoll::wait(&self.set, &mut [nothing; 4], left.map(timespec).as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// What has happened already: what the tunnel still said comes before its end.
+    fn take(&mut self) -> Result<Option<Event>, EventsError> {
+        if let Some(link) = &self.tunnel {
+            match link.receive() {
+                Ok(Some(message)) => return Ok(Some(Event::Tunnel(message))),
+                Ok(None) => {}
+                Err(LinkError::Gone) => {
+                    // That it ended comes as a child's end.
+                    epoll::delete(&self.set, link)?;
+                    self.tunnel = None;
+                }
+                Err(error) => return Err(EventsError::Tunnel(error)),
+            }
+        }
+        if let Some(children) = &self.children {
+            clear(children.as_fd())?;
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => return Ok(Some(Event::Child(pid, status))),
+                Ok(None) | Err(Errno::CHILD | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.control.receive().map(|message| message.map(Event::Host)).map_err(EventsError::Control)
+    }
+}
+
+/// Takes the pending signals, so that the descriptor is readable again only after the next one.
+fn clear(signals: BorrowedFd<'_>) -> Result<(), EventsError> {
+    /// `struct signalfd_siginfo`
+    const RECORD: usize = 128;
+    let mut records = [0; 4 * RECORD];
+    loop {
+        match read(signals, &mut records) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::init::control::tests::Host;
+    use std::time::Duration;
+
+    fn soon() -> Option<Moment> {
+        Some(Moment::now().after(Duration::from_secs(20)))
+    }
+
+    #[test]
+    fn host_and_tunnel_are_both_heard() {
+        let (mut host, control) = Host::connected();
+        let (init, tunnel) = Link::pair().unwrap();
+        let mut events = Events::new(control, None).unwrap();
+        events.add_tunnel(init).unwrap();
+        host.send(&FromHost::Nudge);
+        tunnel.send(&FromTunnel::Up).unwrap();
+        assert!(matches!(events.next(soon()).unwrap(), Event::Tunnel(FromTunnel::Up)));
+        assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::Nudge)));
+    }
+
+    #[test]
+    fn deadline_comes_although_the_host_talks() {
+        let (mut host, control) = Host::connected();
+        let mut events = Events::new(control, None).unwrap();
+        host.send(&FromHost::Nudge);
+        assert!(matches!(events.next(Some(Moment::now())).unwrap(), Event::Late));
+    }
+
+    #[test]
+    fn deadline_comes_in_silence() {
+        let (_host, control) = Host::connected();
+        let mut events = Events::new(control, None).unwrap();
+        let until = Moment::now().after(Duration::from_millis(20));
+        assert!(matches!(events.next(Some(until)).unwrap(), Event::Late));
+        assert!(Moment::now() >= until);
+    }
+
+    #[test]
+    fn last_word_of_a_tunnel_is_heard_and_its_silence_waits_for_the_rest() {
+        let (mut host, control) = Host::connected();
+        let (init, tunnel) = Link::pair().unwrap();
+        let mut events = Events::new(control, None).unwrap();
+        events.add_tunnel(init).unwrap();
+        tunnel.send(&FromTunnel::Down).unwrap();
+        drop(tunnel);
+        assert!(matches!(events.next(soon()).unwrap(), Event::Tunnel(FromTunnel::Down)));
+        host.send(&FromHost::PowerOff);
+        assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::PowerOff)));
+        assert!(matches!(events.tell_tunnel(&ToTunnel::Close), Err(EventsError::Tunnel(LinkError::Gone))));
+    }
+}

@@ -1,0 +1,74 @@
+//! What only the host checks.
+
+use super::{NOW, Scene};
+use crate::lease::{HostMemory, LeaseError};
+
+#[test]
+fn lease_at_the_edge_of_what_was_seen_is_believed() {
+    let scene = Scene::new();
+    let memory = HostMemory { keyset_version: 1, revision: 7, issued_at: NOW };
+    assert!(scene.host_with(&scene.admit(), &memory).is_ok());
+}
+
+#[test]
+fn lease_that_brings_back_an_old_keyset_is_refused() {
+    let scene = Scene::new();
+    let memory = HostMemory { keyset_version: 2, ..HostMemory::default() };
+    let error = scene.host_with(&scene.admit(), &memory).unwrap_err();
+    assert!(matches!(error, LeaseError::OldKeyset { lease: 1, known: 2 }), "{error:?}");
+}
+
+#[test]
+fn lease_that_brings_back_an_older_revision_is_refused() {
+    let scene = Scene::new();
+    let memory = HostMemory { revision: 8, ..HostMemory::default() };
+    let error = scene.host_with(&scene.admit(), &memory).unwrap_err();
+    assert!(matches!(error, LeaseError::OldRevision { lease: 7, known: 8 }), "{error:?}");
+}
+
+#[test]
+fn lease_from_before_the_last_one_is_refused() {
+    let scene = Scene::new();
+    let memory = HostMemory { issued_at: NOW + 1, ..HostMemory::default() };
+    let error = scene.host_with(&scene.admit(), &memory).unwrap_err();
+    assert!(matches!(error, LeaseError::OldIssue { lease: NOW, .. }), "{error:?}");
+}
+
+#[test]
+fn answer_to_another_request_is_refused() {
+    // Everything that a lease repeats is the same; the request differs in what it does not repeat.
+    let mut scene = Scene::new();
+    let admit = scene.admit();
+    scene.request.release = "smoke-2".to_owned();
+    let error = scene.host(&admit).unwrap_err();
+    assert!(matches!(error, LeaseError::OtherRequest), "{error:?}");
+}
+
+#[test]
+fn lease_made_under_an_older_keyset_than_the_image_has_is_refused() {
+    let scene = Scene::with(|before| before.request.keyset_version = 2);
+    let error = scene.host(&scene.admit()).unwrap_err();
+    assert!(matches!(error, LeaseError::OldKeyset { lease: 1, known: 2 }), "{error:?}");
+}
+
+#[test]
+fn lease_for_another_device_than_the_request_is_refused() {
+    // Record and lease are of laptop-7.
+    let scene = Scene::with(|before| before.request.device = "laptop-8".parse().unwrap());
+    let error = scene.host(&scene.admit()).unwrap_err();
+    assert!(matches!(error, LeaseError::OtherDevice), "{error:?}");
+}
+
+#[test]
+fn lease_for_another_enrolment_than_the_request_is_refused() {
+    let scene = Scene::with(|before| before.request.enrolment.0[0] ^= 1);
+    let error = scene.host(&scene.admit()).unwrap_err();
+    assert!(matches!(error, LeaseError::OtherEnrolment), "{error:?}");
+}
+
+#[test]
+fn lease_for_another_tenant_than_the_request_is_refused() {
+    let scene = Scene::with(|before| before.request.tenant.0[0] ^= 1);
+    let error = scene.host(&scene.admit()).unwrap_err();
+    assert!(matches!(error, LeaseError::OtherTenant { kind: "request" }), "{error:?}");
+}

@@ -1,0 +1,171 @@
+//! `kontord`'s configuration: one TOML file.
+//!
+//! ```toml
+//! state = "/var/lib/kontor"                # directory; must exist or be makeable
+//! socket = "/run/kontor/kontord.sock"
+//! tenant = "64 hexadecimal digits"
+//! device = "laptop-7"
+//! office_command = ["/usr/bin/kontor-control", "answer", "--dir", "/srv/control"]
+//! owner = 1000                             # uid of the employee; without it kontord's own
+//! qemu = "qemu-system-x86_64"
+//! relay = "/usr/libexec/kontor/kontor-relay"   # without it: beside kontord
+//!
+//! # Development only:
+//! probe_socket = "/tmp/probe.sock"         # served for test images
+//! tap = "/tmp/uplink.tap"                  # all bytes between QEMU and relay
+//! ```
+
+use kontor_trust::{DeviceId, Digest};
+use serde::Deserialize;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Most bytes of a configuration file.
+pub const MAX_CONFIG: u64 = 64 * 1024;
+
+/// The configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Directory of everything that is kept; a device's part is `<state>/<tenant>/<device>`.
+    pub state: PathBuf,
+    /// Socket on which `kontor` is served.
+    pub socket: PathBuf,
+    /// The tenant.
+    pub tenant: Digest,
+    /// The device.
+    pub device: DeviceId,
+    /// Program and arguments that answer one request for a lease.
+    pub office_command: Vec<String>,
+    /// uid that may use the socket; kontord's own when absent.
+    pub owner: Option<u32>,
+    /// The emulator: a path, or a name that is looked up.
+    #[serde(default = "default_qemu")]
+    pub qemu: PathBuf,
+    /// The relay; beside kontord's own program when absent.
+    pub relay: Option<PathBuf>,
+    /// Development: where the probe channel of a test image is served.
+    pub probe_socket: Option<PathBuf>,
+    /// Development: where all bytes between QEMU and relay are recorded.
+    pub tap: Option<PathBuf>,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file.
+    #[error("read the configuration {path}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Longer than [`MAX_CONFIG`].
+    #[error("the configuration {0} is longer than {MAX_CONFIG} bytes")]
+    TooLong(PathBuf),
+    /// Its content.
+    #[error("understand the configuration {path}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// No command to ask for a lease.
+    #[error("office_command in the configuration {0} names no program")]
+    NoOffice(PathBuf),
+    /// The relay's place cannot be derived.
+    #[error("find kontord's own program, to look for the relay beside it")]
+    OwnProgram(#[source] io::Error),
+}
+
+impl Config {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// [`ConfigError`] says what is wrong with it.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let failed = |source| ConfigError::Read { path: path.into(), source };
+        if fs::metadata(path).map_err(failed)?.len() > MAX_CONFIG {
+            return Err(ConfigError::TooLong(path.into()));
+        }
+        let text = fs::read_to_string(path).map_err(failed)?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        if config.office_command.is_empty() {
+            return Err(ConfigError::NoOffice(path.into()));
+        }
+        Ok(config)
+    }
+
+    /// The relay's program.
+    ///
+    /// # Errors
+    /// [`ConfigError::OwnProgram`].
+    pub fn relay(&self) -> Result<PathBuf, ConfigError> {
+        match &self.relay {
+            Some(path) => Ok(path.clone()),
+            None => {
+                let own = std::env::current_exe().map_err(ConfigError::OwnProgram)?;
+                Ok(own.with_file_name("kontor-relay"))
+            }
+        }
+    }
+}
+
+fn default_qemu() -> PathBuf {
+    "qemu-system-x86_64".into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kontord.toml");
+        fs::write(&path, text).unwrap();
+        Config::read(&path)
+    }
+
+    fn minimal() -> String {
+        format!(
+            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\noffice_command = ['true']\n",
+            Digest([7; 32])
+        )
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        let config = read(&minimal()).unwrap();
+        assert_eq!(config.qemu, Path::new("qemu-system-x86_64"));
+        assert_eq!(config.relay().unwrap().file_name().unwrap(), "kontor-relay");
+        assert_eq!((config.owner, config.probe_socket, config.tap), (None, None, None));
+    }
+
+    #[test]
+    fn unknown_field_is_refused() {
+        assert!(matches!(read(&format!("{}\nviewer = 'x'", minimal())), Err(ConfigError::Parse { .. })));
+    }
+
+    #[test]
+    fn empty_office_command_is_refused() {
+        let text = minimal().replace("['true']", "[]");
+        assert!(matches!(read(&text), Err(ConfigError::NoOffice(_))));
+    }
+
+    #[test]
+    fn configuration_at_the_limit_passes_and_a_longer_one_is_refused() {
+        let mut text = minimal();
+        text.push('#');
+        text.push_str(&"x".repeat(usize::try_from(MAX_CONFIG).unwrap() - text.len()));
+        assert!(read(&text).is_ok());
+        text.push('x');
+        assert!(matches!(read(&text), Err(ConfigError::TooLong(_))));
+    }
+}

@@ -1,0 +1,94 @@
+//! From a guest's challenge to a lease that the host found good (`lease.md` 7 and 16).
+
+use crate::{
+    exit::chain,
+    office::{LeaseSource, Reply},
+    session::{Answer, Granted, LeaseNote},
+    store::{Store, StoreError},
+};
+use kontor_bundle::lease::{Checked, LeaseError, Parts, for_host};
+use kontor_trust::{Digest, Request, RequestKind, Verified, sign, verify_request};
+use kontor_wire::control::Challenge;
+use std::time::Duration;
+
+/// Why an answer of the office is not used.
+#[derive(Debug, thiserror::Error)]
+enum Rejected {
+    #[error("check the office's answer")]
+    Lease(#[from] LeaseError),
+    #[error("check the office's answer")]
+    Store(#[from] StoreError),
+}
+
+/// Asks for leases in the name of one device and one started release.
+#[derive(Debug, Clone)]
+pub struct Asker<O> {
+    /// The device's keys and documents.
+    pub store: Store,
+    /// Who is asked.
+    pub office: O,
+    /// Name of the started release, for people.
+    pub release: String,
+}
+
+impl<O: LeaseSource> Asker<O> {
+    /// Answers one challenge. What the answer brought is on disk before this returns it.
+    pub async fn ask(&self, challenge: Challenge) -> Answer {
+        let request = match self.request(&challenge) {
+            Ok(request) => request,
+            Err(error) => return Answer::NotVerified(chain(&error)),
+        };
+        let parts = match self.office.answer(request.envelope().to_vec()).await {
+            Ok(Reply::Lease(parts)) => parts,
+            Ok(Reply::Refused(words)) => return Answer::Refused(words),
+            Err(error) => return Answer::Unreachable(chain(&error)),
+        };
+        match self.accept(&request, &parts) {
+            Ok(checked) => Answer::Lease(Box::new(grant(parts, &checked))),
+            Err(error) => Answer::NotVerified(chain(&error)),
+        }
+    }
+
+    fn request(&self, challenge: &Challenge) -> Result<Verified<RequestKind>, StoreError> {
+        let key = self.store.host_key()?;
+        let records = self.store.records(&key.public())?;
+        // The chain has to begin where both can follow: at the older of the guest's and the host's.
+        let keyset_version = challenge.keyset_version.min(records.keyset.version());
+        let request = Request {
+            tenant: self.store.tenant(),
+            device: self.store.device().clone(),
+            enrolment: records.device.enrolment,
+            nonce: challenge.nonce,
+            boot_key: challenge.boot_key,
+            seq: challenge.seq,
+            verity_root: Digest(challenge.verity_root),
+            release: self.release.clone(),
+            keyset_version,
+        };
+        let envelope = sign::<RequestKind>(&request.payload(), &[&key]);
+        Ok(verify_request(&envelope, &key.public()).expect("what was just signed with a key verifies with it"))
+    }
+
+    fn accept(&self, request: &Verified<RequestKind>, parts: &Parts) -> Result<Checked, Rejected> {
+        let floor = self.store.keyset()?;
+        let memory = self.store.memory()?;
+        let checked = for_host(&floor, parts, request, &memory.for_leases())?;
+        self.store.remember(&checked, &parts.keysets)?;
+        Ok(checked)
+    }
+}
+
+fn grant(parts: Parts, checked: &Checked) -> Granted {
+    let gateways = checked.bundle.gateways.iter();
+    let lease = LeaseNote {
+        issued_at: checked.lease.issued_at,
+        not_after: checked.lease.not_after,
+        revision: checked.lease.revision,
+    };
+    Granted {
+        parts,
+        gateways: gateways.map(|gateway| (gateway.id, gateway.endpoints.clone())).collect(),
+        lease,
+        off_after: Duration::from_secs(checked.life_s().saturating_add(checked.bundle.lapse_off_s)),
+    }
+}

@@ -1,0 +1,244 @@
+//! QEMU's command line, as data, and its start.
+//!
+//! Everything that QEMU works with is inherited as a descriptor of a fixed number, so that its command
+//! line names no file of the host, and so that nobody else can reach these channels:
+//!
+//! ```text
+//! 3 kernel   4 initrd          sealed memory, read through /proc/self/fd
+//! 5 root                       the root image, read-only
+//! 6 console  7 QMP  8 kontor.control  9 kontor.uplink  10 kontor.probe     socketpairs
+//! ```
+
+use crate::{
+    host::Accelerator,
+    sys::{self, Limits},
+};
+use command_fds::{CommandFdExt, FdMapping};
+use kontor_wire::{control, probe, uplink};
+use std::{
+    io,
+    os::fd::{OwnedFd, RawFd},
+    path::Path,
+    process::{Command, Stdio},
+};
+use tokio::process::Child;
+
+const KERNEL: RawFd = 3;
+const INITRD: RawFd = 4;
+const ROOT: RawFd = 5;
+const CONSOLE: RawFd = 6;
+const QMP: RawFd = 7;
+const CONTROL: RawFd = 8;
+const UPLINK: RawFd = 9;
+const PROBE: RawFd = 10;
+
+/// Descriptors that QEMU may have: the ones above, and an eventfd for each virtio queue.
+const FILES_MAX: u64 = 512;
+/// Address space beside the guest's memory: libraries, thread stacks, the emulator's code buffer.
+const OVERHEAD: u64 = 6 << 30;
+
+/// What the virtual machine is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// What executes its instructions.
+    pub accelerator: Accelerator,
+    /// Its processors.
+    pub cpus: usize,
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// The kernel's command line, from the verified manifest.
+    pub cmdline: String,
+    /// Whether it has the probe channel's port.
+    pub probe: bool,
+}
+
+/// QEMU's ends of everything that it works with.
+#[derive(Debug)]
+pub(crate) struct Inherited {
+    pub(crate) kernel: OwnedFd,
+    pub(crate) initrd: OwnedFd,
+    pub(crate) root: OwnedFd,
+    pub(crate) console: OwnedFd,
+    pub(crate) qmp: OwnedFd,
+    pub(crate) control: OwnedFd,
+    pub(crate) uplink: OwnedFd,
+    pub(crate) probe: Option<OwnedFd>,
+}
+
+impl Machine {
+    /// QEMU's arguments.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<String> {
+        let (accelerator, cpu) = match self.accelerator {
+            Accelerator::Kvm => ("kvm", "host"),
+            Accelerator::Tcg => ("tcg,thread=multi", "max"),
+        };
+        let mut line = vec![
+            // Nothing but what is named here: no default device, no configuration file.
+            "-nodefaults".to_owned(),
+            "-no-user-config".into(),
+            "-no-reboot".into(),
+            "-display".into(),
+            "none".into(),
+            "-sandbox".into(),
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
+            // The guest's memory is in no core file and shared with no other process.
+            "-machine".into(),
+            "q35,vmport=off,dump-guest-core=off,mem-merge=off".into(),
+            "-accel".into(),
+            accelerator.into(),
+            "-cpu".into(),
+            cpu.into(),
+            "-smp".into(),
+            self.cpus.to_string(),
+            "-m".into(),
+            self.memory_mib.to_string(),
+            // No sleep states: a guest either runs or is off.
+            "-global".into(),
+            "ICH9-LPC.disable_s3=1".into(),
+            "-global".into(),
+            "ICH9-LPC.disable_s4=1".into(),
+            "-kernel".into(),
+            format!("/proc/self/fd/{KERNEL}"),
+            "-initrd".into(),
+            format!("/proc/self/fd/{INITRD}"),
+            "-append".into(),
+            self.cmdline(),
+        ];
+        let mut option = |name: &str, value: String| line.extend([name.to_owned(), value]);
+        option("-add-fd", format!("fd={ROOT},set=1"));
+        option(
+            "-blockdev",
+            "driver=file,node-name=root-file,filename=/dev/fdset/1,read-only=on,locking=off".into(),
+        );
+        option("-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on".into());
+        option("-device", "virtio-blk-pci,drive=root,disable-legacy=on".into());
+        option("-chardev", format!("socket,id=console,fd={CONSOLE}"));
+        option("-device", "isa-serial,chardev=console".into());
+        option("-chardev", format!("socket,id=qmp,fd={QMP}"));
+        option("-mon", "chardev=qmp,mode=control".into());
+        option("-device", "virtio-serial-pci,id=ports,max_ports=4,disable-legacy=on".into());
+        let mut port = |id: &str, fd: RawFd, name: &str| {
+            option("-chardev", format!("socket,id={id},fd={fd}"));
+            option("-device", format!("virtserialport,bus=ports.0,chardev={id},name={name}"));
+        };
+        port("control", CONTROL, control::PORT);
+        port("uplink", UPLINK, uplink::PORT);
+        if self.probe {
+            port("probe", PROBE, probe::PORT);
+        }
+        option("-object", "rng-builtin,id=rng".into());
+        option("-device", "virtio-rng-pci,rng=rng,disable-legacy=on".into());
+        option("-device", "pvpanic".into());
+        line
+    }
+
+    fn cmdline(&self) -> String {
+        match self.accelerator {
+            Accelerator::Kvm => self.cmdline.clone(),
+            // Without it the kernel sometimes finds the emulated timer too slow and panics.
+            Accelerator::Tcg => format!("{} no_timer_check", self.cmdline),
+        }
+    }
+}
+
+impl Inherited {
+    fn mappings(self) -> Vec<FdMapping> {
+        let fixed = [
+            (self.kernel, KERNEL),
+            (self.initrd, INITRD),
+            (self.root, ROOT),
+            (self.console, CONSOLE),
+            (self.qmp, QMP),
+            (self.control, CONTROL),
+            (self.uplink, UPLINK),
+        ];
+        let probe = self.probe.map(|fd| (fd, PROBE));
+        let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
+        fixed.into_iter().chain(probe).map(mapping).collect()
+    }
+}
+
+/// Starts `program` as the machine. It dies with kontord, and when the returned value is dropped.
+pub(crate) fn start(program: &Path, machine: &Machine, inherited: Inherited) -> io::Result<Child> {
+    let mut command = Command::new(program);
+    command
+        .args(machine.arguments())
+        .env_clear()
+        .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    command.fd_mappings(inherited.mappings()).map_err(io::Error::other)?;
+    let address_space = (u64::from(machine.memory_mib) << 20) + OVERHEAD;
+    sys::confine(&mut command, Limits { files: FILES_MAX, address_space });
+    tokio::process::Command::from(command).kill_on_drop(true).spawn()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine() -> Machine {
+        let cmdline = "quiet kontor.built=1".into();
+        Machine { accelerator: Accelerator::Kvm, cpus: 2, memory_mib: 512, cmdline, probe: false }
+    }
+
+    /// The value behind each `name`.
+    fn values<'a>(line: &'a [String], name: &str) -> Vec<&'a str> {
+        line.windows(2).filter(|pair| pair[0] == name).map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn devices_are_these_and_no_others() {
+        let line = machine().arguments();
+        assert_eq!(
+            values(&line, "-device"),
+            [
+                "virtio-blk-pci,drive=root,disable-legacy=on",
+                "isa-serial,chardev=console",
+                "virtio-serial-pci,id=ports,max_ports=4,disable-legacy=on",
+                "virtserialport,bus=ports.0,chardev=control,name=kontor.control",
+                "virtserialport,bus=ports.0,chardev=uplink,name=kontor.uplink",
+                "virtio-rng-pci,rng=rng,disable-legacy=on",
+                "pvpanic",
+            ]
+        );
+        assert_eq!(line[..5], ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+        for network in ["-netdev", "-nic", "-net", "-drive", "-hda", "-cdrom", "-vnc", "-serial"] {
+            assert!(!line.iter().any(|word| word == network), "{network}");
+        }
+    }
+
+    #[test]
+    fn every_channel_is_an_inherited_descriptor() {
+        let line = Machine { probe: true, ..machine() }.arguments();
+        assert_eq!(
+            values(&line, "-chardev"),
+            [
+                "socket,id=console,fd=6",
+                "socket,id=qmp,fd=7",
+                "socket,id=control,fd=8",
+                "socket,id=uplink,fd=9",
+                "socket,id=probe,fd=10",
+            ]
+        );
+        assert_eq!(values(&line, "-kernel"), ["/proc/self/fd/3"]);
+        assert_eq!(values(&line, "-initrd"), ["/proc/self/fd/4"]);
+        assert_eq!(values(&line, "-add-fd"), ["fd=5,set=1"]);
+        assert!(values(&line, "-blockdev").iter().all(|node| node.contains("read-only=on")));
+    }
+
+    #[test]
+    fn command_line_is_the_manifests_but_for_the_emulators_word() {
+        assert_eq!(values(&machine().arguments(), "-append"), ["quiet kontor.built=1"]);
+        let emulated = Machine { accelerator: Accelerator::Tcg, ..machine() }.arguments();
+        assert_eq!(values(&emulated, "-append"), ["quiet kontor.built=1 no_timer_check"]);
+        assert_eq!(values(&emulated, "-accel"), ["tcg,thread=multi"]);
+    }
+
+    #[test]
+    fn probe_port_is_there_only_when_wanted() {
+        assert!(!machine().arguments().iter().any(|word| word.contains("probe")));
+    }
+}

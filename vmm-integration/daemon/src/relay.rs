@@ -1,0 +1,237 @@
+//! The relay's process, and kontord's end of the channel to it.
+
+use crate::{
+    session::Input,
+    sys::{self, Limits},
+    tail::{clean, last_words},
+};
+use command_fds::{CommandFdExt, FdMapping};
+use kontor_relay::message::{self, Counters, FromDaemon, FromRelay, MAX_MESSAGE, MessageError};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, socketpair, sockopt};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::net::UnixDatagram as StdUnixDatagram,
+    },
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    time::Duration,
+};
+use tokio::{
+    net::UnixDatagram,
+    process::Child,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+
+const UPLINK: RawFd = 3;
+const CONTROL: RawFd = 4;
+const UDP4: RawFd = 5;
+const UDP6: RawFd = 6;
+
+/// Descriptors while the relay's program is loaded; it lowers this itself.
+const FILES_MAX: u64 = 16;
+/// Address space: its buffers, its libraries.
+const ADDRESS_SPACE: u64 = 256 << 20;
+/// Bytes that the kernel may hold for each UDP socket and direction, as far as the host allows.
+const UDP_BUFFER: usize = 2 << 20;
+/// From its start to `Ready`.
+const START: Duration = Duration::from_secs(10);
+/// From `Shutdown` to its end.
+const END: Duration = Duration::from_secs(3);
+
+/// Why there is no relay.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayStartError {
+    /// Its sockets.
+    #[error("open the relay's sockets")]
+    Sockets(#[source] io::Error),
+    /// Its program.
+    #[error("start the relay {program}")]
+    Program {
+        /// Which program.
+        program: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It ended before it was ready.
+    #[error("the relay ended at once: {0}")]
+    Ended(String),
+    /// It did not become ready in time.
+    #[error("the relay is not ready after {} s", START.as_secs())]
+    Late,
+}
+
+/// What the relay is told.
+#[derive(Debug)]
+pub(crate) enum Order {
+    Gateways(Vec<(u8, Vec<SocketAddr>)>),
+    Report,
+    Shutdown,
+}
+
+/// A relay that runs.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    child: Child,
+    control: UnixDatagram,
+    words: JoinHandle<String>,
+}
+
+impl Relay {
+    /// Starts the relay on `uplink` and waits until it is ready.
+    pub(crate) async fn start(program: &Path, uplink: OwnedFd) -> Result<Self, RelayStartError> {
+        let (control, theirs) = control_pair().map_err(RelayStartError::Sockets)?;
+        let udp4 = udp(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()).map_err(RelayStartError::Sockets)?;
+        // A host without IPv6 has no such socket.
+        let udp6 = udp(AddressFamily::INET6, Ipv6Addr::UNSPECIFIED.into()).ok();
+        let mut descriptors = vec![(uplink, UPLINK), (theirs, CONTROL), (udp4, UDP4)];
+        descriptors.extend(udp6.map(|socket| (socket, UDP6)));
+        let source = |source| RelayStartError::Program { program: program.into(), source };
+        let mut child = spawn(program, descriptors).map_err(source)?;
+        tracing::debug!(pid = child.id(), "the relay was started");
+        let words = match child.stderr.take() {
+            Some(stderr) => tokio::spawn(last_words(stderr, "relay")),
+            None => tokio::spawn(async { String::new() }),
+        };
+        let relay = Self { child, control, words };
+        match timeout(START, relay.hear()).await {
+            Ok(Ok(Some(FromRelay::Ready))) => Ok(relay),
+            Ok(_) => Err(RelayStartError::Ended(relay.end().await.1)),
+            Err(_) => Err(RelayStartError::Late),
+        }
+    }
+
+    /// Serves `orders` and reports to `inputs` until the relay has ended.
+    pub(crate) async fn run(
+        self,
+        mut orders: mpsc::Receiver<Order>,
+        inputs: mpsc::Sender<Input>,
+        counters: watch::Sender<Option<Counters>>,
+    ) {
+        loop {
+            let heard = tokio::select! {
+                heard = self.hear() => heard,
+                order = orders.recv() => {
+                    let last = matches!(order, Some(Order::Shutdown) | None);
+                    self.tell(order.unwrap_or(Order::Shutdown)).await;
+                    if last {
+                        orders.close();
+                        break;
+                    }
+                    continue;
+                }
+            };
+            match heard {
+                Ok(Some(FromRelay::Ready)) => {}
+                Ok(Some(FromRelay::Counters(now))) => drop(counters.send_replace(Some(now))),
+                Ok(Some(FromRelay::Garbage(words))) => {
+                    let input = Input::UplinkBroke(clean(words.as_bytes()));
+                    let _ = inputs.send(input).await;
+                }
+                Ok(None) | Err(_) => break,
+            }
+        }
+        // What it still has to say, which ends with its last counters.
+        while let Ok(Ok(Some(heard))) = timeout(END, self.hear()).await {
+            if let FromRelay::Counters(now) = heard {
+                counters.send_replace(Some(now));
+            }
+        }
+        let (status, words) = self.end().await;
+        // It ends well when the machine is gone, or was told to: then there is nothing to report.
+        if !status.is_some_and(|status| status.success()) {
+            let _ = inputs.send(Input::RelayEnded(words)).await;
+        }
+    }
+
+    async fn tell(&self, order: Order) {
+        let message = match order {
+            Order::Gateways(table) => FromDaemon::Gateways(table),
+            Order::Report => FromDaemon::Report,
+            Order::Shutdown => FromDaemon::Shutdown,
+        };
+        let sent = match message::encode(&message) {
+            Ok(packet) => self.control.send(&packet).await.map(|_| ()),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        if let Err(error) = sent {
+            tracing::debug!(%error, "the relay does not listen any more");
+        }
+    }
+
+    /// What the relay says next, `None` once it has closed the channel.
+    async fn hear(&self) -> Result<Option<FromRelay>, HearError> {
+        let mut packet = [0; MAX_MESSAGE + 1];
+        match self.control.recv(&mut packet).await? {
+            0 => Ok(None),
+            length => Ok(Some(message::decode(&packet[..length])?)),
+        }
+    }
+
+    /// Reaps the process; kills it when it does not end.
+    pub(crate) async fn end(mut self) -> (Option<ExitStatus>, String) {
+        let waited = timeout(END, self.child.wait()).await;
+        let status = match waited {
+            Ok(status) => status.ok(),
+            Err(_) => {
+                tracing::warn!("the relay does not end and is killed");
+                if let Err(error) = self.child.kill().await {
+                    tracing::error!(%error, "the relay cannot be killed");
+                }
+                None
+            }
+        };
+        let words = self.words.await.unwrap_or_default();
+        let how = status.map_or_else(|| "it was killed".to_owned(), |status| status.to_string());
+        (status, format!("the relay ended ({how}) {words}").trim_end().to_owned())
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum HearError {
+    #[error("listen to the relay")]
+    Io(#[from] io::Error),
+    #[error("understand the relay")]
+    Message(#[from] MessageError),
+}
+
+/// A SEQPACKET pair. tokio has no type of its own for these sockets; the calls that its datagram type
+/// makes, `send` and `recv`, are the ones they take, and the end of the stream is an empty packet.
+fn control_pair() -> io::Result<(UnixDatagram, OwnedFd)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    Ok((UnixDatagram::from_std(StdUnixDatagram::from(ours))?, theirs))
+}
+
+/// A socket that any gateway can be reached through. A v6 socket carries v6 only.
+fn udp(family: AddressFamily, address: IpAddr) -> io::Result<OwnedFd> {
+    let socket = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    for set in [sockopt::set_socket_recv_buffer_size, sockopt::set_socket_send_buffer_size] {
+        set(&socket, UDP_BUFFER)?;
+    }
+    bind(&socket, &SocketAddr::new(address, 0))?;
+    Ok(socket)
+}
+
+fn spawn(program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Child> {
+    let mut command = Command::new(program);
+    command
+        .args(["--uplink", "3", "--control", "4", "--udp4", "5"])
+        .args(descriptors.iter().any(|(_, fd)| *fd == UDP6).then_some(["--udp6", "6"]).into_iter().flatten())
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
+    command.fd_mappings(descriptors.into_iter().map(mapping).collect()).map_err(io::Error::other)?;
+    sys::confine(&mut command, Limits { files: FILES_MAX, address_space: ADDRESS_SPACE });
+    tokio::process::Command::from(command).kill_on_drop(true).spawn()
+}

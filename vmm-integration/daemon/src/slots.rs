@@ -1,0 +1,294 @@
+//! The places where releases lie, and how one is made ready for a start.
+//!
+//! Installing copies a release directory to `A.new`, hashing what it writes, and exchanges it with `A`
+//! once everything is flushed: a crash leaves the old release or the new one. A start verifies again:
+//! kernel and initrd are copied into memory files that are sealed first and hashed then, so that what was
+//! hashed is what QEMU reads. The root image was hashed at installing; while the guest runs dm-verity
+//! checks it block by block against the root hash on the verified command line.
+
+use crate::store::{Store, StoreError, io_error, not_older, read, sync_parent};
+use kontor_release::{Digest, MAX_MANIFEST, Manifest, ManifestError, Piece};
+use rustix::{
+    fs::{MemfdFlags, RenameFlags, SealFlags, fcntl_add_seals, memfd_create, renameat_with},
+    io::Errno,
+};
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+/// Name of the description in a release directory.
+pub const MANIFEST: &str = "manifest.json";
+/// Most bytes of kernel, initrd and segment, which are held in memory.
+pub const MAX_BOOT_PIECE: u64 = 256 << 20;
+/// The kernel reads an initrd that follows another at a multiple of this.
+const INITRD_ALIGN: u64 = 4;
+const COPY_CHUNK: usize = 256 * 1024;
+const SLOT: &str = "A";
+
+/// Why a release is not installed or not started.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// No release is installed.
+    #[error("no release is installed")]
+    Empty,
+    /// The state directory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The description.
+    #[error("the release's {MANIFEST}")]
+    Manifest(#[source] ManifestError),
+    /// A release of another tenant.
+    #[error("the release is for another tenant")]
+    OtherTenant,
+    /// A piece cannot be read or written.
+    #[error("{doing} the release's {piece}")]
+    Piece {
+        /// What was being done.
+        doing: &'static str,
+        /// Which piece.
+        piece: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A piece is no regular file.
+    #[error("the release's {0} is no file")]
+    NoFile(String),
+    /// A piece has another length than the manifest says.
+    #[error("the release's {piece} has {found} bytes, its manifest says {expected}")]
+    Length {
+        /// Which piece.
+        piece: String,
+        /// What the manifest says.
+        expected: u64,
+        /// What is there.
+        found: u64,
+    },
+    /// A piece has another content than the manifest says.
+    #[error("the release's {0} is not what its manifest says: a byte of it was changed")]
+    Hash(String),
+    /// A piece that is held in memory is longer than [`MAX_BOOT_PIECE`].
+    #[error("the release's {piece} has {bytes} bytes, at most {MAX_BOOT_PIECE} are started")]
+    TooLarge {
+        /// Which piece.
+        piece: String,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Another release was installed at the same moment.
+    #[error("another release was installed just now; start again")]
+    Changed,
+    /// No memory for a sealed copy.
+    #[error("make a sealed copy of the release's {piece}")]
+    Seal {
+        /// Of which piece.
+        piece: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A verified release, ready for one start.
+#[derive(Debug)]
+pub struct Ready {
+    /// What it is.
+    pub manifest: Manifest,
+    /// The kernel, in sealed memory.
+    pub kernel: File,
+    /// Initrd and tenant segment, in sealed memory.
+    pub initrd: File,
+    /// The root image, open for reading.
+    pub root: File,
+}
+
+/// Verifies the release in `dir` and installs it.
+///
+/// # Errors
+/// [`SlotError`] names the piece and what is wrong; what was installed before stays.
+pub fn install(store: &Store, dir: &Path) -> Result<Manifest, SlotError> {
+    let _lock = store.lock()?;
+    let untrusted = read(&dir.join(MANIFEST), MAX_MANIFEST as u64)?;
+    let manifest = parse(store, &untrusted)?;
+
+    let (slot, beside) = (store.slots().join(SLOT), store.slots().join(format!("{SLOT}.new")));
+    clear(&beside)?;
+    DirBuilder::new().mode(0o700).create(&beside).map_err(io_error("make", &beside))?;
+    for piece in manifest.pieces() {
+        copy(piece, dir, &beside)?;
+    }
+    let manifest_piece =
+        Piece { name: MANIFEST.into(), bytes: untrusted.len() as u64, sha256: Digest::of(&untrusted) };
+    copy_from(&manifest_piece, untrusted.as_slice(), &beside)?;
+    File::open(&beside).and_then(|dir| dir.sync_all()).map_err(io_error("flush", &beside))?;
+
+    put(&beside, &slot).map_err(io_error("put in place", &slot))?;
+    store.remember_release(manifest.version)?;
+    clear(&beside)?;
+    Ok(manifest)
+}
+
+/// Verifies the installed release and makes it ready for a start.
+///
+/// # Errors
+/// [`SlotError`] names the piece and what is wrong.
+pub fn open(store: &Store) -> Result<Ready, SlotError> {
+    let slot = store.slots().join(SLOT);
+    let manifest = describe(store)?;
+    let image = &manifest.image;
+    let kernel = sealed("kernel", &slot, &[&image.kernel])?;
+    let initrd = sealed("initrd", &slot, &[&image.initrd, &manifest.segment])?;
+    let root = open_piece(&image.root, &slot)?;
+    Ok(Ready { kernel, initrd, root, manifest })
+}
+
+/// The description of the installed release; its pieces are not looked at.
+///
+/// # Errors
+/// [`SlotError`] when there is none, or it is not for this tenant, or older than one that was seen.
+pub fn describe(store: &Store) -> Result<Manifest, SlotError> {
+    let path = store.slots().join(SLOT).join(MANIFEST);
+    match read(&path, MAX_MANIFEST as u64) {
+        Ok(untrusted) => parse(store, &untrusted),
+        Err(error) if error.is_missing() => Err(SlotError::Empty),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Hashes every piece of the installed release.
+///
+/// # Errors
+/// [`SlotError`] names the piece that is wrong.
+pub fn verify_all(store: &Store) -> Result<Manifest, SlotError> {
+    let slot = store.slots().join(SLOT);
+    let manifest = describe(store)?;
+    for piece in manifest.pieces() {
+        let file = open_piece(piece, &slot)?;
+        let found = hash(file, piece.bytes).map_err(piece_error("read", &piece.name))?;
+        same_hash(piece, found)?;
+    }
+    Ok(manifest)
+}
+
+fn parse(store: &Store, untrusted: &[u8]) -> Result<Manifest, SlotError> {
+    let manifest = Manifest::parse(untrusted).map_err(SlotError::Manifest)?;
+    if manifest.tenant != store.tenant() {
+        return Err(SlotError::OtherTenant);
+    }
+    not_older("release", manifest.version, store.memory()?.manifest_version)?;
+    Ok(manifest)
+}
+
+fn copy(piece: &Piece, from: &Path, to: &Path) -> Result<(), SlotError> {
+    copy_from(piece, open_piece(piece, from)?, to)
+}
+
+/// Writes a piece into the directory `to` and hashes what was written.
+fn copy_from(piece: &Piece, from: impl Read, to: &Path) -> Result<(), SlotError> {
+    let failed = || piece_error("copy", &piece.name);
+    let path = to.join(&piece.name);
+    // Never an existing file: two pieces of one name are one too many.
+    let options = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
+    let mut file = options.map_err(failed())?;
+    io::copy(&mut from.take(piece.bytes), &mut file).map_err(failed())?;
+    file.sync_all().map_err(failed())?;
+    file.rewind().map_err(failed())?;
+    let found = hash(&file, piece.bytes).map_err(failed())?;
+    same_hash(piece, found)
+}
+
+/// Puts the directory `new` where `slot` is, in one step.
+fn put(new: &Path, slot: &Path) -> io::Result<()> {
+    let cwd = rustix::fs::CWD;
+    match renameat_with(cwd, new, cwd, slot, RenameFlags::EXCHANGE) {
+        Err(Errno::NOENT) => fs::rename(new, slot)?,
+        other => other?,
+    }
+    sync_parent(slot)
+}
+
+fn clear(dir: &Path) -> Result<(), SlotError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", dir)(error).into()),
+        _ => Ok(()),
+    }
+}
+
+/// A piece of the right length, open for reading. A link in its place is not followed.
+fn open_piece(piece: &Piece, dir: &Path) -> Result<File, SlotError> {
+    let failed = || piece_error("open", &piece.name);
+    let no_links = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+    let path = dir.join(&piece.name);
+    let file = OpenOptions::new().read(true).custom_flags(no_links).open(path).map_err(failed())?;
+    let metadata = file.metadata().map_err(failed())?;
+    if !metadata.is_file() {
+        return Err(SlotError::NoFile(piece.name.clone()));
+    }
+    if metadata.len() != piece.bytes {
+        let (expected, found) = (piece.bytes, metadata.len());
+        return Err(SlotError::Length { piece: piece.name.clone(), expected, found });
+    }
+    Ok(file)
+}
+
+/// The pieces one behind the other, each at a multiple of [`INITRD_ALIGN`], in memory that nobody can
+/// change any more; hashed from there.
+fn sealed(name: &'static str, slot: &Path, pieces: &[&Piece]) -> Result<File, SlotError> {
+    let failed = |source: io::Error| SlotError::Seal { piece: name, source };
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut memory = File::from(memfd_create(name, flags).map_err(|errno| failed(errno.into()))?);
+    let mut starts = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        if piece.bytes > MAX_BOOT_PIECE {
+            return Err(SlotError::TooLarge { piece: piece.name.clone(), bytes: piece.bytes });
+        }
+        let start = memory.stream_position().map_err(failed)?.next_multiple_of(INITRD_ALIGN);
+        memory.seek(io::SeekFrom::Start(start)).map_err(failed)?;
+        starts.push(start);
+        let file = open_piece(piece, slot)?;
+        io::copy(&mut file.take(piece.bytes), &mut memory).map_err(piece_error("read", &piece.name))?;
+    }
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    fcntl_add_seals(&memory, seals).map_err(|errno| failed(errno.into()))?;
+    for (piece, start) in pieces.iter().zip(starts) {
+        memory.seek(io::SeekFrom::Start(start)).map_err(failed)?;
+        same_hash(piece, hash(&memory, piece.bytes).map_err(failed)?)?;
+    }
+    memory.rewind().map_err(failed)?;
+    Ok(memory)
+}
+
+/// SHA-256 of the next `bytes` bytes, or of what there is of them.
+fn hash(from: impl Read, bytes: u64) -> io::Result<Digest> {
+    let mut from = from.take(bytes);
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut chunk = vec![0; COPY_CHUNK];
+    loop {
+        match from.read(&mut chunk) {
+            Ok(0) => return Ok(Digest::finish(context.finish())),
+            Ok(count) => context.update(&chunk[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn same_hash(piece: &Piece, found: Digest) -> Result<(), SlotError> {
+    if found == piece.sha256 { Ok(()) } else { Err(SlotError::Hash(piece.name.clone())) }
+}
+
+fn piece_error(doing: &'static str, piece: &str) -> impl FnOnce(io::Error) -> SlotError {
+    move |source| SlotError::Piece { doing, piece: piece.into(), source }
+}
+
+/// Where a slot's pieces lie.
+#[must_use]
+pub fn slot_dir(store: &Store) -> PathBuf {
+    store.slots().join(SLOT)
+}
+
+#[cfg(test)]
+mod tests;

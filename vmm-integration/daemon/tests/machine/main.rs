@@ -1,0 +1,576 @@
+//! `kontord` and `kontor` as processes, with a QEMU, a relay's program and an office that this same
+//! executable plays. See `stub.rs` for what the guests do and `world.rs` for the PC.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod stub;
+#[path = "../tenant/mod.rs"]
+mod tenant;
+mod world;
+
+use kontor_daemon::{
+    daemon::plan,
+    lease::Asker,
+    office::CommandOffice,
+    session::Times,
+    status::{State, Status},
+    store::Store,
+    vm,
+};
+use libtest_mimic::{Arguments, Trial};
+use rustix::process::Signal;
+use std::{
+    fs::{self, OpenOptions, Permissions},
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::{
+        fs::{FileExt, PermissionsExt},
+        net::UnixStream,
+        process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use world::{Ran, Setup, World, own_program};
+
+fn main() -> ExitCode {
+    // SAFETY: this is the first thing that the program does; no descriptor is owned by anybody yet.
+    unsafe { command_fds::inherited::init_inherited_fds() }.unwrap();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some("-nodefaults") => stub::qemu(arguments),
+        Some("--uplink") => stub::relay(&arguments),
+        Some("office") => stub::office(Path::new(&arguments[1])),
+        _ => {}
+    }
+    macro_rules! trials {
+        ($($test:ident),* $(,)?) => {
+            vec![$(Trial::test(stringify!($test), || { $test(); Ok(()) })),*]
+        };
+    }
+    let trials = trials![
+        boot_reaches_ready_and_stop_powers_off,
+        renewed_lease_moves_the_end,
+        second_start_follows_the_first,
+        machine_starts_again_after_a_stop,
+        qemu_gets_its_descriptors_and_nothing_else,
+        garbage_of_the_guest_stops_it,
+        garbage_on_the_uplink_stops_the_guest,
+        guests_own_reason_is_shown,
+        kernel_panic_on_the_console_is_inferred,
+        kernel_panic_by_device_is_inferred,
+        killed_qemu_is_inferred_as_vanished,
+        qemu_that_does_not_start_is_told_with_its_words,
+        killed_relay_stops_the_guest,
+        silent_guest_is_stopped,
+        guest_and_qemu_that_are_deaf_are_killed,
+        guest_that_does_not_power_off_is_made_to,
+        office_that_refuses_is_quoted,
+        office_that_does_not_work_is_unreachable,
+        answer_that_does_not_verify_stops_the_boot,
+        emulation_and_test_images_need_the_policy,
+        release_below_the_floor_is_not_started,
+        release_that_needs_more_memory_is_not_started,
+        changed_release_is_not_started_and_the_piece_is_named,
+        what_is_missing_is_said,
+        start_with_a_window_is_not_there_yet,
+        doctor_says_what_is_missing_and_what_is_well,
+        probe_of_a_test_image_is_served_byte_for_byte,
+        probe_of_another_image_is_not_there,
+        tap_records_both_directions,
+        logs_are_safe_to_print,
+        terminated_kontord_leaves_nothing_behind,
+        second_signal_hurries,
+        killed_kontord_takes_everything_with_it,
+        garbage_on_the_socket_is_answered_and_survived,
+        strangers_are_refused,
+        one_kontord_for_a_device,
+        kontor_without_kontord_says_so,
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn run(scenario: &'static str) -> (World, Ran) {
+    run_with(&Setup::new(scenario))
+}
+
+fn run_with(setup: &Setup) -> (World, Ran) {
+    let world = World::new(setup);
+    let ran = world.start();
+    (world, ran)
+}
+
+/// The reason of the last stop and whether it is inferred.
+fn stopped(world: &World) -> (String, bool) {
+    let status = world.status();
+    assert_eq!(status["state"], "stopped", "{status}");
+    let stop = &status["stop"];
+    (stop["reason"].as_str().unwrap().to_owned(), stop["inferred"].as_bool().unwrap())
+}
+
+#[track_caller]
+fn ended(ran: &Ran, code: i32, words: &str) {
+    assert_eq!(ran.code, Some(code), "{ran:?}");
+    assert!(format!("{}{}", ran.out, ran.err).contains(words), "{ran:?}");
+}
+
+fn boot_reaches_ready_and_stop_powers_off() {
+    let mut world = World::new(&Setup::new("ready"));
+    let ran = world.start();
+    ended(&ran, 0, "ready");
+    let (relay, qemu) =
+        (world.await_process("the relay was started"), world.await_process("QEMU was started"));
+    let told: Vec<_> = ran.out.lines().map(|line| line.split_whitespace().last().unwrap()).collect();
+    let states =
+        ["early", "verified", "leased", "tunnel-up", "admitted", "state-open", "session"].as_slice();
+    assert_eq!(told, [states, &["ready"]].concat());
+
+    let status = world.status();
+    assert_eq!(status["state"], "running");
+    let reached: Vec<_> = status["states"].as_array().unwrap().iter().collect();
+    assert!(reached.iter().map(|reached| reached["state"].as_str().unwrap()).eq(states.iter().copied()));
+    let times: Vec<_> = reached.iter().map(|reached| reached["at_ms"].as_u64().unwrap()).collect();
+    assert!(times.is_sorted() && status["ready_at_ms"].as_u64().unwrap() >= times[6]);
+    assert_eq!((&status["accel"], &status["emulated"]), (&"tcg".into(), &true.into()));
+    assert_eq!(status["user_mode"], true);
+    assert_eq!(status["release"], serde_json::json!({"name": "smoke-1", "version": 1, "test": false}));
+    assert_eq!(status["lease"]["not_after"], tenant::NOW + 600);
+    assert_eq!(status["lease"]["revision"], 1);
+    let relayed = &status["relay"];
+    assert_eq!((&relayed["up"]["datagrams"], &relayed["up"]["bytes"]), (&1.into(), &100.into()));
+    assert_eq!(relayed["down"]["datagrams"], 1);
+    let shown = world.kontor(&["status"]).out;
+    assert!(shown.contains("EMULATED") && shown.contains("USER MODE"), "{shown}");
+
+    ended(&world.kontor(&["stop"]), 0, "The work VM was closed.");
+    assert_eq!(stopped(&world), ("requested".into(), false));
+    assert_eq!(world.status()["relay"]["up"]["datagrams"], 1);
+    assert!(relay.is_reaped() && qemu.is_reaped());
+    ended(&world.kontor(&["stop"]), 0, "does not run");
+}
+
+fn renewed_lease_moves_the_end() {
+    let (mut world, ran) = run("again");
+    ended(&ran, 0, "ready");
+    // The first answer was the boot's.
+    world.await_log("the office was asked");
+    world.await_log("the office was asked");
+    ended(&world.kontor(&["stop"]), 0, "closed");
+    let log = world.kontor(&["logs"]).out;
+    assert!(log.contains("\nrenewed\n"), "{log}");
+}
+
+fn second_start_follows_the_first() {
+    let (world, ran) = run("ready");
+    ended(&ran, 0, "ready");
+    let again = world.start();
+    ended(&again, 0, "ready");
+    assert_eq!(again.out, ran.out);
+}
+
+fn machine_starts_again_after_a_stop() {
+    let (world, ran) = run("ready");
+    ended(&ran, 0, "ready");
+    ended(&world.kontor(&["stop"]), 0, "closed");
+    ended(&world.start(), 0, "ready");
+    assert_eq!(world.status()["stop"], serde_json::Value::Null);
+}
+
+fn qemu_gets_its_descriptors_and_nothing_else() {
+    let (world, _) = run("inspect");
+    let log = world.kontor(&["logs"]).out;
+    let line = format!("quiet stub=inspect kontor.verity={}", kontor_release::Digest(stub::ROOT));
+    for expected in [
+        "kernel the kernel",
+        r"initrd the initrd\u{0}\u{0}the segment",
+        "root the root image",
+        line.as_str(),
+        "no_timer_check",
+        "descriptors [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]",
+        "core 0 files 0",
+        r#"environment ["PATH"]"#,
+        "NoNewPrivs: 1",
+    ] {
+        assert!(log.contains(expected), "{expected} is not in\n{log}");
+    }
+}
+
+fn garbage_of_the_guest_stops_it() {
+    let (world, ran) = run("garbage");
+    ended(&ran, 1, "broke the rules of its channel");
+    assert_eq!(stopped(&world), ("garbage".into(), false));
+}
+
+fn garbage_on_the_uplink_stops_the_guest() {
+    let (world, ran) = run("uplink-garbage");
+    ended(&ran, 1, "an uplink frame of 3 bytes");
+    assert_eq!(stopped(&world), ("garbage".into(), false));
+    assert!(world.status()["relay"]["up"]["malformed"].as_u64().unwrap() > 16);
+}
+
+fn guests_own_reason_is_shown() {
+    let (world, ran) = run("root-corrupt");
+    ended(&ran, 3, "The installed release is damaged");
+    assert!(ran.out.ends_with("early\n"), "{ran:?}");
+    assert_eq!(stopped(&world), ("root-corrupt".into(), false));
+}
+
+fn kernel_panic_on_the_console_is_inferred() {
+    let (world, ran) = run("panic");
+    ended(&ran, 3, "Kernel panic - not syncing: dm-verity device corrupted");
+    ended(&ran, 3, "Kontor concludes this");
+    assert_eq!(stopped(&world), ("kernel-panic".into(), true));
+}
+
+fn kernel_panic_by_device_is_inferred() {
+    let (world, ran) = run("pvpanic");
+    ended(&ran, 3, "pvpanic");
+    assert_eq!(stopped(&world), ("kernel-panic".into(), true));
+}
+
+fn killed_qemu_is_inferred_as_vanished() {
+    let mut world = World::new(&Setup::new("ready"));
+    ended(&world.start(), 0, "ready");
+    let relay = world.await_process("the relay was started");
+    world.await_process("QEMU was started").kill(Signal::KILL);
+    world.await_log("the work VM ended");
+    assert_eq!(stopped(&world), ("vanished".into(), true));
+    assert!(world.status()["stop"]["detail"].as_str().unwrap().contains("signal: 9"));
+    relay.await_end();
+    assert!(relay.is_reaped());
+}
+
+fn qemu_that_does_not_start_is_told_with_its_words() {
+    let (world, ran) = run("broken");
+    ended(&ran, 1, r"exit status: 1) qemu-stub: could not\x1b[2J set up");
+    assert_eq!(stopped(&world), ("vanished".into(), true));
+}
+
+fn killed_relay_stops_the_guest() {
+    let mut world = World::new(&Setup::new("ready"));
+    ended(&world.start(), 0, "ready");
+    world.await_process("the relay was started").kill(Signal::KILL);
+    let qemu = world.await_process("QEMU was started");
+    qemu.await_end();
+    world.await_log("the work VM ended");
+    assert_eq!(stopped(&world), ("uplink-failed".into(), false));
+}
+
+/// A machine in this process, whose times are a fraction of the real ones.
+fn hurried(scenario: &'static str, divisor: u32) -> Status {
+    let world = World::installed(&Setup::new(scenario));
+    let config = kontor_daemon::config::Config::read(&world.path("kontord.toml")).unwrap();
+    let store = Store::open(&config.state, config.tenant, config.device.clone()).unwrap();
+    let mut plan = plan(&config, &store, Path::new("/nonexistent")).unwrap();
+    plan.times = Times::new(kontor_daemon::host::Accelerator::Kvm).divided_by(divisor);
+    let office = CommandOffice::new(config.office_command.clone());
+    let asker = Asker { store, office, release: "smoke-1".into() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let status = watch::Sender::new(Status::off(true));
+        let (commands, orders) = mpsc::channel(1);
+        let mut watching = status.subscribe();
+        let stop = tokio::spawn(async move {
+            if watching.wait_for(|status| status.state == State::Running).await.is_ok() {
+                let _ = commands.send(vm::Command::Stop).await;
+            }
+            // Held until the machine has ended: its end would be a reason to kill it.
+            watching.wait_for(|status| status.state == State::Stopped).await.is_ok()
+        });
+        vm::run(plan, asker, Instant::now(), orders, &status).await.unwrap();
+        assert!(stop.await.unwrap());
+        status.borrow().clone()
+    })
+}
+
+fn silent_guest_is_stopped() {
+    let stop = hurried("silent", 100).stop.unwrap();
+    assert_eq!((stop.reason.as_str(), stop.inferred), ("silent", false));
+    assert_eq!(stop.detail, "nothing more came after start");
+}
+
+fn guest_and_qemu_that_are_deaf_are_killed() {
+    assert_eq!(hurried("deaf", 100).stop.unwrap().reason, "silent");
+}
+
+fn guest_that_does_not_power_off_is_made_to() {
+    let status = hurried("stubborn", 20);
+    assert_eq!(status.stop.unwrap().reason, "requested");
+    assert!(status.ready_at_ms.is_some());
+}
+
+fn office_that_refuses_is_quoted() {
+    let (world, ran) = run_with(&Setup { mode: "refused", ..Setup::new("ready") });
+    ended(&ran, 5, "The office: the device is revoked");
+    assert_eq!(stopped(&world), ("no-lease".into(), false));
+}
+
+fn office_that_does_not_work_is_unreachable() {
+    let (world, ran) = run_with(&Setup { mode: "broken", ..Setup::new("ready") });
+    ended(&ran, 5, "the office command failed (exit status: 1 no lease key)");
+    assert_eq!(stopped(&world), ("no-lease".into(), false));
+}
+
+fn answer_that_does_not_verify_stops_the_boot() {
+    let (world, ran) = run_with(&Setup { mode: "bent", ..Setup::new("ready") });
+    ended(&ran, 3, "did not verify");
+    assert_eq!(stopped(&world), ("bad-lease".into(), false));
+    assert_eq!(world.status()["lease"], serde_json::Value::Null);
+}
+
+fn emulation_and_test_images_need_the_policy() {
+    if Path::new("/dev/kvm").exists() {
+        eprintln!("skipped in part: this host has KVM");
+    } else {
+        let no_emulation = Setup {
+            bundle: |bundle| bundle.settings.allow_emulation = false,
+            ..Setup::new("ready")
+        };
+        let (world, ran) = run_with(&no_emulation);
+        ended(&ran, 4, "does not allow emulation");
+        assert_eq!(world.status()["state"], "not-started");
+    }
+    let no_test = Setup {
+        test_image: true,
+        bundle: |bundle| bundle.settings.allow_test_image = false,
+        ..Setup::new("ready")
+    };
+    ended(&run_with(&no_test).1, 4, "is a test image");
+}
+
+fn release_below_the_floor_is_not_started() {
+    let setup = Setup { bundle: |bundle| bundle.min_release = 2, ..Setup::new("ready") };
+    ended(&run_with(&setup).1, 4, "older than the policy allows (2)");
+    let setup = Setup {
+        bundle: |bundle| bundle.min_release = 2,
+        manifest: |manifest| manifest.version = 2,
+        ..Setup::new("ready")
+    };
+    ended(&run_with(&setup).1, 0, "ready");
+}
+
+fn release_that_needs_more_memory_is_not_started() {
+    let setup = Setup { manifest: |manifest| manifest.image.memory_mib_min = 257, ..Setup::new("ready") };
+    ended(&run_with(&setup).1, 4, "needs 257 MiB");
+    let setup = Setup { manifest: |manifest| manifest.image.memory_mib_min = 256, ..Setup::new("ready") };
+    ended(&run_with(&setup).1, 0, "ready");
+}
+
+fn changed_release_is_not_started_and_the_piece_is_named() {
+    for name in ["kernel", "initrd", "segment"] {
+        let world = World::new(&Setup::new("ready"));
+        let piece = OpenOptions::new().write(true).open(world.slot(name)).unwrap();
+        piece.write_all_at(b"X", 2).unwrap();
+        ended(&world.start(), 3, &format!("the release's {name} is not what its manifest says"));
+    }
+    let world = World::new(&Setup::new("ready"));
+    OpenOptions::new().append(true).open(world.slot("root.img")).unwrap().write_all(b"X").unwrap();
+    ended(&world.start(), 3, "the release's root.img has 15 bytes");
+}
+
+fn what_is_missing_is_said() {
+    let mut bare = World::configured(&Setup::new("ready"));
+    bare.serve();
+    ended(&bare.start(), 4, "host.key");
+    let world = World::new(&Setup::new("ready"));
+    fs::remove_dir_all(world.slot("")).unwrap();
+    ended(&world.start(), 4, "no release is installed");
+
+    let mut world = World::installed(&Setup::new("ready"));
+    let config = fs::read_to_string(world.path("kontord.toml")).unwrap();
+    let without = config.replace(&format!("qemu = '{}'", own_program().display()), "qemu = '/no/qemu'");
+    fs::write(world.path("kontord.toml"), without).unwrap();
+    world.serve();
+    ended(&world.start(), 4, "start QEMU (/no/qemu)");
+    let relay = world.await_process("the relay was started");
+    relay.await_end();
+    assert!(relay.is_reaped());
+}
+
+fn start_with_a_window_is_not_there_yet() {
+    let world = World::new(&Setup::new("ready"));
+    ended(&world.kontor(&["start"]), 4, "kontor start --headless");
+    assert_eq!(world.status()["state"], "off");
+}
+
+fn doctor_says_what_is_missing_and_what_is_well() {
+    let mut bare = World::configured(&Setup::new("ready"));
+    bare.serve();
+    let ran = bare.kontor(&["doctor"]);
+    ended(&ran, 4, "run kontord host-key");
+    ended(&ran, 4, "run kontord install");
+
+    let world = World::new(&Setup { config: "", ..Setup::new("ready") });
+    let ran = world.kontor(&["doctor"]);
+    for line in ["ok       host key", "ok       documents: keyset 1", "ok       release: smoke-1", "ok       policy"] {
+        assert!(ran.out.contains(line), "{line} is not in\n{}", ran.out);
+    }
+    let piece = OpenOptions::new().write(true).open(world.slot("root.img")).unwrap();
+    piece.write_all_at(b"X", 2).unwrap();
+    ended(&world.kontor(&["doctor"]), 4, "missing  release: the release's root.img is not what");
+}
+
+fn probe_setup(test_image: bool) -> Setup {
+    let scenario = if test_image { "probe" } else { "ready" };
+    Setup { test_image, config: "probe_socket = 'DIR/probe.sock'\n", ..Setup::new(scenario) }
+}
+
+fn probe_of_a_test_image_is_served_byte_for_byte() {
+    let (world, ran) = run_with(&probe_setup(true));
+    ended(&ran, 0, "ready");
+    let path = world.path("probe.sock");
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let sent: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+    // One client after the other.
+    for _ in 0..2 {
+        let mut client = UnixStream::connect(&path).unwrap();
+        let mut back = vec![0; sent.len()];
+        let mut writer = client.try_clone().unwrap();
+        let sending = sent.clone();
+        let writing = std::thread::spawn(move || writer.write_all(&sending).unwrap());
+        client.read_exact(&mut back).unwrap();
+        writing.join().unwrap();
+        assert!(back == sent);
+    }
+    ended(&world.kontor(&["stop"]), 0, "closed");
+    assert!(!path.exists());
+}
+
+fn probe_of_another_image_is_not_there() {
+    let (world, ran) = run_with(&probe_setup(false));
+    ended(&ran, 0, "ready");
+    assert!(!world.path("probe.sock").exists());
+}
+
+fn tap_records_both_directions() {
+    let (world, ran) = run_with(&Setup { config: "tap = 'DIR/tap'\n", ..Setup::new("ready") });
+    ended(&ran, 0, "ready");
+    ended(&world.kontor(&["stop"]), 0, "closed");
+    let file = fs::read(world.path("tap")).unwrap();
+    let mut frame = Vec::new();
+    let gateway = kontor_wire::uplink::GatewayId(tenant::GATEWAY);
+    kontor_wire::uplink::encode_port(gateway, 100, &[5; 100], &mut frame).unwrap();
+    for direction in [kontor_daemon::tap::Direction::Up, kontor_daemon::tap::Direction::Down] {
+        let records = kontor_daemon::tap::records(&file);
+        let bytes: Vec<u8> = records
+            .filter(|record| record.direction == direction)
+            .flat_map(|record| record.bytes.to_vec())
+            .collect();
+        assert_eq!(bytes, frame);
+    }
+}
+
+fn logs_are_safe_to_print() {
+    let (world, ran) = run("ready");
+    ended(&ran, 0, "ready");
+    assert_eq!(world.kontor(&["logs"]).out, "booting \\x1b[2J\n");
+}
+
+fn terminated_kontord_leaves_nothing_behind() {
+    let mut world = World::new(&Setup { config: "probe_socket = 'DIR/probe.sock'\n", test_image: true, ..Setup::new("probe") });
+    ended(&world.start(), 0, "ready");
+    let processes = [world.await_process("the relay was started"), world.await_process("QEMU was started")];
+    let (code, log) = world.end(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert!(log.contains(r#"the work VM ended reason="requested" witness=Host"#), "{log}");
+    assert!(processes.iter().all(world::Process::is_reaped));
+    assert!(!world.path("kontord.sock").exists() && !world.path("probe.sock").exists());
+}
+
+fn second_signal_hurries() {
+    let mut world = World::new(&Setup::new("stubborn"));
+    ended(&world.start(), 0, "ready");
+    let processes = [world.await_process("the relay was started"), world.await_process("QEMU was started")];
+    world.kontord_process().kill(Signal::TERM);
+    world.await_log("kontord ends");
+    let started = std::time::Instant::now();
+    let (code, _) = world.end(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert!(processes.iter().all(world::Process::is_reaped));
+    assert!(started.elapsed() < std::time::Duration::from_secs(15));
+}
+
+fn killed_kontord_takes_everything_with_it() {
+    let mut world = World::new(&Setup::new("stubborn"));
+    ended(&world.start(), 0, "ready");
+    let processes = [world.await_process("the relay was started"), world.await_process("QEMU was started")];
+    world.end(Signal::KILL);
+    processes.iter().for_each(world::Process::await_end);
+    // What it left on disk does not hinder the next one.
+    world.serve();
+    ended(&world.start(), 0, "ready");
+}
+
+/// What kontord answers to `bytes`, line by line.
+fn talk(socket: &Path, bytes: &[u8]) -> Vec<serde_json::Value> {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    // It may have answered before it has read all.
+    let _ = stream.write_all(bytes);
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let lines = BufReader::new(stream).lines();
+    lines.map_while(Result::ok).map(|line| serde_json::from_str(&line).unwrap()).collect()
+}
+
+fn garbage_on_the_socket_is_answered_and_survived() {
+    let world = World::new(&Setup::new("ready"));
+    let socket = world.path("kontord.sock");
+    let long = [br#"{"verb":""#.as_slice(), &[b'x'; 5000], b"\"}\n"].concat();
+    let deep = b"[".repeat(4000);
+    for garbage in [
+        b"\n".as_slice(),
+        b"stop\n",
+        b"\xff\xfe\x00\n",
+        b"{\"verb\":\"exec\",\"argv\":[\"sh\"]}\n",
+        b"{\"verb\":\"status\",\"more\":1}\n",
+        b"{\"verb\":\"status\"",
+        &[deep.as_slice(), b"\n"].concat(),
+    ] {
+        let answers = talk(&socket, garbage);
+        assert_eq!(answers.len(), 1, "{answers:?}");
+        assert_eq!(answers[0]["done"]["exit"], 2, "{answers:?}");
+    }
+    // The connection may be gone before the answer was read: more was sent than is read.
+    assert!(talk(&socket, &long).iter().all(|answer| answer["done"]["exit"] == 2));
+    assert!(talk(&socket, b"").is_empty());
+    assert_eq!(talk(&socket, b"{\"verb\":\"status\"}\n")[0]["status"]["state"], "off");
+}
+
+fn strangers_are_refused() {
+    let world = World::new(&Setup::new("ready"));
+    let socket = world.path("kontord.sock");
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped in part: only root can try as another user");
+        return;
+    }
+    // Even where somebody opened the socket to all.
+    fs::set_permissions(world.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
+    let mut command = world.kontor_command(&["status"]);
+    command.uid(65534).gid(65534);
+    match command.output() {
+        Ok(output) => ended(&Ran::from(output), 4, "only the user 0 may ask"),
+        Err(error) => eprintln!("skipped in part: another user cannot run kontor here ({error})"),
+    }
+}
+
+fn one_kontord_for_a_device() {
+    let world = World::new(&Setup::new("ready"));
+    let second = world.kontord(&["run", "--user"]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("kontord already runs"));
+    assert_eq!(world.status()["state"], "off");
+    // Without --user somebody has to be named.
+    let nobody = world.kontord(&["run"]);
+    assert_eq!(nobody.status.code(), Some(2));
+}
+
+fn kontor_without_kontord_says_so() {
+    let world = World::configured(&Setup::new("ready"));
+    ended(&world.kontor(&["status"]), 5, "is it running?");
+    let missing: PathBuf = world.path("kontord.sock");
+    assert!(!missing.exists());
+}

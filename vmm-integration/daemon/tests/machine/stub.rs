@@ -1,0 +1,342 @@
+//! The programs that kontord starts, played by this test's own executable: a QEMU whose guest does what
+//! its kernel's command line says (`stub=…`), the relay, and an office.
+
+use crate::tenant::{GATEWAY, Tenant};
+use command_fds::inherited::take_fd_ownership;
+use kontor_relay::{End, Limits, Relay, Wires};
+use kontor_wire::{
+    Decoder,
+    control::{BootState, Challenge, FromGuest, FromHost, MAX_FROM_HOST},
+    encode,
+    reason::StopReason,
+    uplink::{GatewayId, PortDecoder, encode_port},
+};
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read, Write},
+    net::UdpSocket,
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::exit,
+    thread,
+};
+
+/// The root hash that the stub's guest runs from.
+pub(crate) const ROOT: [u8; 32] = [0xab; 32];
+/// What a guest that was told to stop powers off with.
+const POWERED_OFF: i32 = 0;
+
+fn inherited(fd: RawFd) -> OwnedFd {
+    take_fd_ownership(fd).unwrap()
+}
+
+/// `kontor-relay`, with its arguments.
+pub(crate) fn relay(arguments: &[String]) -> ! {
+    let number = |name: &str| {
+        let at = arguments.iter().position(|word| word == name)?;
+        arguments[at + 1].parse::<RawFd>().ok()
+    };
+    let udp = |name: &str| {
+        let socket = UdpSocket::from(inherited(number(name)?));
+        socket.set_nonblocking(true).unwrap();
+        Some(socket)
+    };
+    let uplink = UnixStream::from(inherited(number("--uplink").unwrap()));
+    uplink.set_nonblocking(true).unwrap();
+    let control = inherited(number("--control").unwrap());
+    let wires = Wires { uplink, control, udp4: udp("--udp4").unwrap(), udp6: udp("--udp6") };
+    match Relay::new(wires, Limits::default()).run() {
+        Ok(End::Shutdown | End::UplinkClosed) => exit(0),
+        Ok(End::Garbage) => exit(3),
+        Err(error) => {
+            eprintln!("{error}");
+            exit(1)
+        }
+    }
+}
+
+/// An office whose papers lie in `dir`; the file `mode` there says how it answers.
+pub(crate) fn office(dir: &Path) -> ! {
+    let mut request = Vec::new();
+    io::stdin().read_to_end(&mut request).unwrap();
+    let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
+    let tenant = Tenant::read(dir);
+    let lease = |bend: fn(&mut kontor_trust::Lease)| {
+        let parts = tenant.lease(&request, &read("device.json"), &read("bundle.json"), bend);
+        serde_json::json!({ "lease": parts }).to_string()
+    };
+    let answer = match String::from_utf8(read("mode")).unwrap().as_str() {
+        "lease" => lease(|_| {}),
+        "bent" => lease(|lease| lease.nonce[0] ^= 1),
+        "refused" => r#"{"refused":"the device is revoked"}"#.to_owned(),
+        "broken" => {
+            eprintln!("no lease key");
+            exit(1)
+        }
+        other => panic!("no mode {other}"),
+    };
+    writeln!(io::stdout(), "{answer}").unwrap();
+    exit(0)
+}
+
+/// The virtual machine.
+struct Machine {
+    arguments: Vec<String>,
+    console: UnixStream,
+    control: UnixStream,
+    decoder: Decoder,
+    uplink: UnixStream,
+}
+
+/// `qemu-system-x86_64`, with its arguments.
+pub(crate) fn qemu(arguments: Vec<String>) -> ! {
+    let value = |name: &str| {
+        let at = arguments.iter().position(|word| word == name).unwrap();
+        arguments[at + 1].clone()
+    };
+    let line = value("-append");
+    let scenario = line.split(' ').find_map(|word| word.strip_prefix("stub=")).unwrap().to_owned();
+    let channel = |id: &str| {
+        let start = format!("socket,id={id},fd=");
+        let fd = arguments.iter().find_map(|word| word.strip_prefix(&start));
+        fd.map(|fd| UnixStream::from(inherited(fd.parse().unwrap())))
+    };
+    let probe = channel("probe");
+    let qmp = channel("qmp").unwrap();
+    let deaf = scenario == "deaf";
+    let mut machine = Machine {
+        console: channel("console").unwrap(),
+        control: channel("control").unwrap(),
+        decoder: Decoder::new(MAX_FROM_HOST),
+        uplink: channel("uplink").unwrap(),
+        arguments,
+    };
+    let mut events = qmp.try_clone().unwrap();
+    thread::spawn(move || serve_qmp(qmp, deaf));
+    match scenario.as_str() {
+        "ready" => machine.ready(),
+        "again" => machine.renewing(),
+        "probe" => {
+            let mut probe = probe.unwrap();
+            let mut echo = probe.try_clone().unwrap();
+            thread::spawn(move || io::copy(&mut probe, &mut echo));
+            machine.ready()
+        }
+        "inspect" => machine.inspect(),
+        "silent" | "deaf" => park(),
+        "hello" => {
+            machine.hello();
+            park()
+        }
+        "stubborn" => {
+            machine.boot();
+            park()
+        }
+        "garbage" => {
+            machine.hello();
+            machine.control.write_all(&[0xff; 64]).unwrap();
+            park()
+        }
+        "uplink-garbage" => {
+            machine.hello();
+            machine.lease();
+            let _ = machine.uplink.write_all(&[3, 0, 9, 9, 9].repeat(1000));
+            park()
+        }
+        "root-corrupt" => {
+            machine.hello();
+            machine.state(BootState::Early);
+            machine.say(&FromGuest::Stop(StopReason::RootCorrupt));
+            exit(POWERED_OFF)
+        }
+        "panic" => {
+            machine.hello();
+            machine.print("[ 1.0] Kernel panic - not syncing: dm-verity device corrupted");
+            exit(0)
+        }
+        "pvpanic" => {
+            machine.hello();
+            events.write_all(b"{\"event\":\"GUEST_PANICKED\",\"data\":{\"action\":\"pause\"}}\r\n").unwrap();
+            exit(0)
+        }
+        "broken" => {
+            eprintln!("qemu-stub: could not\x1b[2J set up");
+            exit(1)
+        }
+        other => panic!("no scenario {other}"),
+    }
+}
+
+fn serve_qmp(qmp: UnixStream, deaf: bool) {
+    let mut to = qmp.try_clone().unwrap();
+    to.write_all(b"{\"QMP\":{\"version\":{},\"capabilities\":[]}}\r\n").unwrap();
+    for line in BufReader::new(qmp).lines() {
+        let Ok(line) = line else { return };
+        let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+        if command["execute"] == "quit" && !deaf {
+            exit(0);
+        }
+        to.write_all(b"{\"return\":{}}\r\n").unwrap();
+    }
+}
+
+fn park() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+impl Machine {
+    fn say(&mut self, message: &FromGuest) {
+        self.control.write_all(&encode(message)).unwrap();
+    }
+
+    fn hear(&mut self) -> FromHost {
+        loop {
+            if let Some(message) = self.decoder.next().unwrap() {
+                return message;
+            }
+            let mut chunk = [0; 4096];
+            let room = self.decoder.room().min(chunk.len());
+            let count = self.control.read(&mut chunk[..room]).unwrap();
+            assert!(count > 0, "kontord closed the control channel");
+            self.decoder.push(&chunk[..count]);
+        }
+    }
+
+    fn print(&mut self, line: &str) {
+        self.console.write_all(format!("{line}\r\n").as_bytes()).unwrap();
+    }
+
+    fn hello(&mut self) {
+        self.say(&FromGuest::Hello { oldest: 1, newest: 3, features: 5 });
+        assert_eq!(self.hear(), FromHost::Hello { version: 1, features: 0 });
+    }
+
+    fn state(&mut self, state: BootState) {
+        self.say(&FromGuest::State { state, at_ms: 1 });
+    }
+
+    fn ask(&mut self, seq: u64) -> FromHost {
+        let nonce = [seq.to_le_bytes()[0]; 32];
+        let challenge = Challenge { nonce, boot_key: [2; 32], seq, verity_root: ROOT, keyset_version: 1 };
+        self.say(&FromGuest::Challenge(challenge));
+        self.hear()
+    }
+
+    fn lease(&mut self) {
+        self.state(BootState::Early);
+        self.state(BootState::Verified);
+        match self.ask(0) {
+            FromHost::Lease(parts) => assert!(!parts.lease.is_empty()),
+            FromHost::Refused => {
+                self.say(&FromGuest::Stop(StopReason::NoLease));
+                exit(POWERED_OFF)
+            }
+            FromHost::PowerOff => {
+                self.say(&FromGuest::Stop(StopReason::Requested));
+                exit(POWERED_OFF)
+            }
+            other @ (FromHost::Hello { .. } | FromHost::Nudge) => panic!("{other:?}"),
+        }
+    }
+
+    /// Sends a datagram to the gateway and has it come back.
+    fn echo(&mut self) {
+        let mut frame = Vec::new();
+        encode_port(GatewayId(GATEWAY), 100, &[5; 100], &mut frame).unwrap();
+        self.uplink.write_all(&frame).unwrap();
+        let mut decoder = PortDecoder::new();
+        loop {
+            if let Some(frame) = decoder.next_frame().unwrap() {
+                assert_eq!((frame.gateway(), frame.payload()), (GatewayId(GATEWAY), &[5; 100][..]));
+                return;
+            }
+            let count = self.uplink.read(decoder.space()).unwrap();
+            assert!(count > 0, "the relay closed the uplink");
+            decoder.advance(count);
+        }
+    }
+
+    /// From Hello to Ready.
+    fn boot(&mut self) {
+        self.print("booting \x1b[2J");
+        self.hello();
+        self.lease();
+        self.state(BootState::Leased);
+        self.echo();
+        for state in
+            [BootState::TunnelUp, BootState::Admitted, BootState::StateOpen, BootState::Session]
+        {
+            self.state(state);
+        }
+        self.say(&FromGuest::Ready);
+    }
+
+    fn until_power_off(&mut self) -> ! {
+        loop {
+            if self.hear() == FromHost::PowerOff {
+                self.say(&FromGuest::Stop(StopReason::Requested));
+                exit(POWERED_OFF);
+            }
+        }
+    }
+
+    fn ready(mut self) -> ! {
+        self.boot();
+        self.until_power_off()
+    }
+
+    /// Renews once right after the boot.
+    fn renewing(mut self) -> ! {
+        self.boot();
+        match self.ask(1) {
+            FromHost::Lease(_) => self.print("renewed"),
+            other => self.print(&format!("not renewed: {other:?}")),
+        }
+        self.until_power_off()
+    }
+
+    /// Prints what kontord gave this process.
+    fn inspect(mut self) -> ! {
+        let content = |path: &str| {
+            let mut text = String::new();
+            File::open(path).unwrap().read_to_string(&mut text).unwrap();
+            text.escape_default().to_string()
+        };
+        let value = |name: &str| {
+            let at = self.arguments.iter().position(|word| word == name).unwrap();
+            self.arguments[at + 1].clone()
+        };
+        let mut descriptors: Vec<_> = std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok())
+            .collect();
+        descriptors.sort_unstable();
+        let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+        let limit = |name: &str| {
+            let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().rev().nth(1).unwrap().to_owned()
+        };
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let privileges = status.lines().find(|line| line.starts_with("NoNewPrivs")).unwrap().to_owned();
+        let lines = [
+            format!("kernel {}", content(&value("-kernel"))),
+            format!("initrd {}", content(&value("-initrd"))),
+            format!("root {}", content("/proc/self/fd/5")),
+            format!("append {}", value("-append")),
+            // The directory itself is read through one more.
+            format!("descriptors {descriptors:?}"),
+            format!("core {} files {}", limit("Max core file size"), limit("Max file size")),
+            format!("environment {:?}", std::env::vars().map(|(name, _)| name).collect::<Vec<_>>()),
+            privileges.replace('\t', " "),
+        ];
+        for line in lines {
+            self.print(&line);
+        }
+        exit(0)
+    }
+}

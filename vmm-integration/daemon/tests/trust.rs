@@ -1,0 +1,348 @@
+//! What kontord believes: stored documents, and the office's answers.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod tenant;
+
+use kontor_bundle::lease::Parts;
+use kontor_daemon::{
+    lease::Asker,
+    office::{LeaseSource, OfficeError, Reply},
+    session::Answer,
+    store::{Memory, Store, StoreError},
+};
+use kontor_trust::{Device, DeviceState, Digest, Lease, Request, verify_request};
+use kontor_wire::control::Challenge;
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+use tenant::{NOW, Tenant, device_id};
+
+struct World {
+    dir: tempfile::TempDir,
+    tenant: Tenant,
+    store: Store,
+    device: Vec<u8>,
+    bundle: Vec<u8>,
+}
+
+fn endpoint() -> SocketAddr {
+    "192.0.2.1:51820".parse().unwrap()
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let tenant = Tenant::new();
+        let store = Store::open(dir.path(), tenant.id, device_id()).unwrap();
+        let key = store.make_host_key().unwrap().public();
+        let (device, bundle) = (tenant.device(key, |_| {}), tenant.bundle(endpoint(), |_| {}));
+        Self { dir, tenant, store, device, bundle }
+    }
+
+    fn provisioned() -> Self {
+        let world = Self::new();
+        world.provision().unwrap();
+        world
+    }
+
+    fn provision(&self) -> Result<(), StoreError> {
+        self.store.provision(&self.tenant.keysets, &self.device, &self.bundle).map(|_| ())
+    }
+
+    fn records(&self) -> Result<(), StoreError> {
+        self.store.records(&self.store.host_key()?.public()).map(|_| ())
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(self.tenant.id.to_string()).join("laptop-7").join(name)
+    }
+
+    fn bend_device(&mut self, bend: impl FnOnce(&mut Device)) {
+        self.device = self.tenant.device(self.store.host_key().unwrap().public(), bend);
+    }
+}
+
+#[test]
+fn provisioned_documents_are_stored_as_they_came_and_verify() {
+    let world = World::provisioned();
+    world.records().unwrap();
+    assert_eq!(fs::read(world.file("device.json")).unwrap(), world.device);
+    assert_eq!(fs::read(world.file("bundle.json")).unwrap(), world.bundle);
+    assert_eq!(fs::read(world.file("keysets/00000001.json")).unwrap(), world.tenant.keysets[0]);
+    let memory = world.store.memory().unwrap();
+    assert_eq!(memory, Memory { keyset_version: 1, revision: 1, issued_at: 0, manifest_version: 0 });
+    // Again is no step back.
+    world.provision().unwrap();
+}
+
+#[test]
+fn host_key_is_made_once_and_for_the_owner_only() {
+    let world = World::new();
+    let first = world.store.host_key().unwrap().public();
+    assert_eq!(world.store.make_host_key().unwrap().public(), first);
+    let path = world.file("host.key");
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    assert!(matches!(world.store.host_key(), Err(StoreError::KeyMode(_))));
+}
+
+#[test]
+fn directories_are_for_the_owner_only() {
+    let world = World::new();
+    let mode = fs::metadata(world.file("")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+#[test]
+fn documents_of_another_company_are_refused() {
+    let world = World::new();
+    let other = World::new();
+    let key = world.store.host_key().unwrap().public();
+    let provision = |keysets: &[Vec<u8>], device: &[u8], bundle: &[u8]| {
+        world.store.provision(keysets, device, bundle).unwrap_err()
+    };
+    let theirs = &other.tenant;
+    let error = provision(&theirs.keysets, &world.device, &world.bundle);
+    assert!(matches!(error, StoreError::Keyset { version: 1, .. }), "{error:?}");
+    let error = provision(&world.tenant.keysets, &theirs.device(key, |_| {}), &world.bundle);
+    assert!(matches!(error, StoreError::DeviceEnvelope(_)), "{error:?}");
+    let error = provision(&world.tenant.keysets, &world.device, &other.bundle);
+    assert!(matches!(error, StoreError::BundleEnvelope(_)), "{error:?}");
+    assert!(matches!(world.records(), Err(error) if error.is_missing()));
+}
+
+#[test]
+fn device_record_has_to_be_for_this_device_and_key() {
+    let mut world = World::new();
+    world.bend_device(|device| device.device = "laptop-8".parse().unwrap());
+    assert!(matches!(world.provision(), Err(StoreError::OtherDevice { .. })));
+    world.bend_device(|device| device.tenant = Digest([0; 32]));
+    assert!(matches!(world.provision(), Err(StoreError::OtherTenant("device record"))));
+    world.bend_device(|device| device.host_key.0[0] ^= 1);
+    assert!(matches!(world.provision(), Err(StoreError::OtherKey { .. })));
+    world.bend_device(|device| device.state = DeviceState::Revoked);
+    assert!(matches!(world.provision(), Err(StoreError::Revoked)));
+    world.bend_device(|device| device.line = "other".parse().unwrap());
+    assert!(matches!(world.provision(), Err(StoreError::OtherLine)));
+    world.bend_device(|_| {});
+    world.bundle = world.tenant.bundle(endpoint(), |bundle| bundle.tenant = Digest([0; 32]));
+    assert!(matches!(world.provision(), Err(StoreError::OtherTenant("bundle"))));
+}
+
+#[test]
+fn what_is_older_than_what_was_seen_is_refused() {
+    let mut world = World::new();
+    world.bundle = world.tenant.bundle(endpoint(), |bundle| bundle.revision = 5);
+    world.bend_device(|device| device.serial = 5);
+    world.provision().unwrap();
+    let old = world.tenant.bundle(endpoint(), |bundle| bundle.revision = 4);
+    let new = std::mem::replace(&mut world.bundle, old.clone());
+    assert!(matches!(world.provision(), Err(StoreError::Older { what: "bundle", found: 4, known: 5 })));
+    world.bundle = new;
+    world.bend_device(|device| device.serial = 4);
+    assert!(matches!(world.provision(), Err(StoreError::Older { what: "device record", .. })));
+    // Nor is an old file that was put back by hand.
+    fs::write(world.file("bundle.json"), old).unwrap();
+    assert!(matches!(world.records(), Err(StoreError::Older { what: "stored bundle", .. })));
+}
+
+#[test]
+fn chain_of_keysets_grows_and_none_of_its_links_may_be_missing() {
+    let mut world = World::provisioned();
+    world.tenant.advance();
+    world.tenant.advance();
+    world.provision().unwrap();
+    assert_eq!(world.store.keyset().unwrap().version(), 3);
+    for name in ["keysets/00000003.json", "keysets/00000002.json"] {
+        let path = world.file(name);
+        let link = fs::read(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(matches!(world.records(), Err(StoreError::Older { what: "stored keyset", .. })), "{name}");
+        fs::write(&path, link).unwrap();
+    }
+    world.records().unwrap();
+    fs::write(world.file("keysets/00000002.json"), &world.tenant.keysets[2]).unwrap();
+    assert!(matches!(world.records(), Err(StoreError::Keyset { version: 2, .. })));
+}
+
+#[test]
+fn changed_stored_document_is_refused() {
+    let world = World::provisioned();
+    for name in ["keysets/00000001.json", "device.json", "bundle.json", "memory.json"] {
+        let path = world.file(name);
+        let good = fs::read(&path).unwrap();
+        let mut bad = good.clone();
+        bad[20] ^= 1;
+        fs::write(&path, bad).unwrap();
+        assert!(world.records().is_err(), "{name}");
+        fs::write(&path, good).unwrap();
+    }
+    world.records().unwrap();
+}
+
+#[test]
+fn device_belongs_to_one_kontord_at_a_time() {
+    let world = World::new();
+    let claim = world.store.claim().unwrap();
+    assert!(matches!(world.store.claim(), Err(StoreError::Busy(_))));
+    drop(claim);
+    assert!(world.store.claim().is_ok());
+}
+
+type Respond = dyn Fn(&[u8]) -> Result<Reply, OfficeError> + Send + Sync;
+
+/// An office in this process.
+#[derive(Clone)]
+struct Office {
+    respond: Arc<Respond>,
+    seen: Arc<Mutex<Vec<Vec<u8>>>>,
+}
+
+impl LeaseSource for Office {
+    async fn answer(&self, request: Vec<u8>) -> Result<Reply, OfficeError> {
+        let reply = (self.respond)(&request);
+        self.seen.lock().unwrap().push(request);
+        reply
+    }
+}
+
+fn asker(
+    world: &World,
+    respond: impl Fn(&[u8]) -> Result<Reply, OfficeError> + Send + Sync + 'static,
+) -> Asker<Office> {
+    let office = Office { respond: Arc::new(respond), seen: Arc::default() };
+    Asker { store: world.store.clone(), office, release: "smoke-1".into() }
+}
+
+/// An office that answers well but for `bend`, and with `bundle` instead of the stored one.
+fn bent(world: &World, bundle: Vec<u8>, bend: fn(&mut Lease)) -> Asker<Office> {
+    let dir = tempfile::tempdir().unwrap();
+    world.tenant.write(dir.path());
+    let mut tenant = Tenant::read(dir.path());
+    tenant.keysets.clone_from(&world.tenant.keysets);
+    let device = world.device.clone();
+    asker(world, move |request| Ok(Reply::Lease(tenant.lease(request, &device, &bundle, bend))))
+}
+
+fn challenge() -> Challenge {
+    Challenge { nonce: [1; 32], boot_key: [2; 32], seq: 0, verity_root: [4; 32], keyset_version: 9 }
+}
+
+async fn refused(asker: Asker<Office>) -> String {
+    match asker.ask(challenge()).await {
+        Answer::NotVerified(words) => words,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn good_answer_is_on_disk_before_anybody_acts_on_it() {
+    let mut world = World::provisioned();
+    world.tenant.advance();
+    let bundle = world.tenant.bundle(endpoint(), |bundle| bundle.revision = 2);
+    let asker = bent(&world, bundle.clone(), |_| {});
+    let Answer::Lease(granted) = asker.ask(challenge()).await else { panic!("no lease") };
+    assert_eq!(granted.lease.revision, 2);
+    assert_eq!(granted.gateways, [(tenant::GATEWAY, vec![endpoint()])]);
+    assert_eq!(granted.off_after.as_secs(), 600 + 60);
+    assert_eq!(granted.parts.bundle, bundle);
+    let memory = world.store.memory().unwrap();
+    assert_eq!(memory, Memory { keyset_version: 2, revision: 2, issued_at: NOW, manifest_version: 0 });
+    assert_eq!(fs::read(world.file("bundle.json")).unwrap(), bundle);
+    world.records().unwrap();
+}
+
+#[tokio::test]
+async fn request_is_signed_by_the_host_key_and_says_what_the_guest_asked() {
+    let world = World::provisioned();
+    let asker = bent(&world, world.bundle.clone(), |_| {});
+    asker.ask(challenge()).await;
+    let envelope = asker.office.seen.lock().unwrap().pop().unwrap();
+    let host_key = world.store.host_key().unwrap().public();
+    let request = Request::parse(&verify_request(&envelope, &host_key).unwrap()).unwrap();
+    assert_eq!((request.nonce, request.boot_key, request.seq), ([1; 32], [2; 32], 0));
+    assert_eq!((request.verity_root, request.release.as_str()), (Digest([4; 32]), "smoke-1"));
+    assert_eq!((request.tenant, request.device), (world.tenant.id, device_id()));
+    // The guest's image has a newer keyset than this host: the chain has to begin at the host's.
+    assert_eq!(request.keyset_version, 1);
+}
+
+#[tokio::test]
+async fn lease_that_answers_something_else_is_refused() {
+    let world = World::provisioned();
+    let bends: [(&str, fn(&mut Lease)); 6] = [
+        ("nonce", |lease| lease.nonce[0] ^= 1),
+        ("key", |lease| lease.boot_key[0] ^= 1),
+        ("request", |lease| lease.request.0[0] ^= 1),
+        ("device", |lease| lease.device = "laptop-8".parse().unwrap()),
+        ("life", |lease| lease.not_after = lease.issued_at + 3601),
+        ("gateway", |lease| lease.gateways[0].id ^= 1),
+    ];
+    for (name, bend) in bends {
+        let words = refused(bent(&world, world.bundle.clone(), bend)).await;
+        assert!(words.starts_with("check the office's answer: "), "{name}: {words}");
+    }
+    assert_eq!(world.store.memory().unwrap().issued_at, 0);
+}
+
+#[tokio::test]
+async fn answer_older_than_what_was_seen_is_refused() {
+    let world = World::provisioned();
+    let newer = world.tenant.bundle(endpoint(), |bundle| bundle.revision = 3);
+    assert!(matches!(bent(&world, newer.clone(), |_| {}).ask(challenge()).await, Answer::Lease(_)));
+    let words = refused(bent(&world, world.bundle.clone(), |_| {})).await;
+    assert!(words.contains("revision"), "{words}");
+    refused(bent(&world, newer.clone(), |lease| lease.issued_at -= 1)).await;
+    assert!(matches!(bent(&world, newer, |_| {}).ask(challenge()).await, Answer::Lease(_)));
+}
+
+#[tokio::test]
+async fn lease_of_another_company_is_refused() {
+    let world = World::provisioned();
+    let parts = Parts { keysets: vec![b"{}".to_vec()], ..Parts::default() };
+    refused(asker(&world, move |_| Ok(Reply::Lease(parts.clone())))).await;
+    let (device, bundle) = (world.device.clone(), world.bundle.clone());
+    // Everything is right but the lease's signer.
+    let other = Tenant::new();
+    let dir = tempfile::tempdir().unwrap();
+    world.tenant.write(dir.path());
+    let own = Tenant::read(dir.path());
+    refused(asker(&world, move |request| {
+        let mut parts = own.lease(request, &device, &bundle, |_| {});
+        let key = verify_host(request, &own, &device);
+        let theirs = other.device(key, |_| {});
+        parts.lease = other.lease(request, &theirs, &other.bundle(endpoint(), |_| {}), |_| {}).lease;
+        Ok(Reply::Lease(parts))
+    }))
+    .await;
+}
+
+fn verify_host(request: &[u8], tenant: &Tenant, device: &[u8]) -> kontor_trust::PublicKey {
+    let record = Device::parse(&tenant.newest().verify(device).unwrap()).unwrap();
+    verify_request(request, &record.host_key).unwrap();
+    record.host_key
+}
+
+#[tokio::test]
+async fn office_that_says_no_or_nothing_is_told_apart() {
+    let world = World::provisioned();
+    let no = asker(&world, |_| Ok(Reply::Refused("revoked".into())));
+    assert!(matches!(no.ask(challenge()).await, Answer::Refused(words) if words == "revoked"));
+    let late = asker(&world, |_| Err(OfficeError::Late));
+    assert!(matches!(late.ask(challenge()).await, Answer::Unreachable(_)));
+}
+
+#[tokio::test]
+async fn revoked_device_that_is_told_so_does_not_ask_again() {
+    let mut world = World::provisioned();
+    world.bend_device(|device| device.state = DeviceState::Revoked);
+    fs::write(world.file("device.json"), &world.device).unwrap();
+    let asker = bent(&world, world.bundle.clone(), |_| {});
+    assert!(matches!(asker.ask(challenge()).await, Answer::NotVerified(words) if words.contains("revoked")));
+    assert!(asker.office.seen.lock().unwrap().is_empty());
+}

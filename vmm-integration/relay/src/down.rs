@@ -1,0 +1,99 @@
+//! From the gateways to the guest: a buffer of [`BUFFER_MAX`] bytes; what does not fit is dropped, as
+//! any router would.
+
+use crate::{
+    gateways::Table,
+    message::Down,
+    socket::{Datagrams, Sockets},
+};
+use kontor_wire::uplink::{HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, encode_port};
+use std::io;
+
+/// Most bytes that wait for the guest.
+pub(crate) const BUFFER_MAX: usize = 256 * 1024;
+
+#[derive(Debug)]
+pub(crate) struct DownPath {
+    datagram: Box<[u8]>,
+    frames: Vec<u8>,
+    /// How much of `frames` the guest's side has taken.
+    taken: usize,
+    counters: Down,
+}
+
+impl DownPath {
+    pub(crate) fn new() -> Self {
+        Self {
+            datagram: vec![0; MAX_FRAME].into_boxed_slice(),
+            frames: Vec::with_capacity(BUFFER_MAX),
+            taken: 0,
+            counters: Down::default(),
+        }
+    }
+
+    pub(crate) fn counters(&self) -> Down {
+        self.counters
+    }
+
+    /// Whether frames wait for the guest.
+    pub(crate) fn waiting(&self) -> bool {
+        self.taken < self.frames.len()
+    }
+
+    /// Receives at most `datagrams_max` datagrams from each socket.
+    pub(crate) fn receive<S: Datagrams>(
+        &mut self,
+        datagrams_max: usize,
+        table: &Table,
+        sockets: &Sockets<S>,
+    ) {
+        for socket in std::iter::once(&sockets.v4).chain(&sockets.v6) {
+            for _ in 0..datagrams_max {
+                // A socket reports here what an earlier datagram met (an ICMP message): that is no
+                // reason to stop, and neither is anything else short of having nothing left.
+                match socket.receive(&mut self.datagram) {
+                    Ok((length, source)) => match table.gateway(&source) {
+                        Some(gateway) => self.push(gateway, length),
+                        None => self.counters.wrong_source += 1,
+                    },
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(_) => {}
+                }
+            }
+        }
+    }
+
+    fn push(&mut self, gateway: kontor_wire::uplink::GatewayId, length: usize) {
+        let need = PORT_PREFIX_LEN + HEADER_LEN + length;
+        if self.frames.len() + need > BUFFER_MAX {
+            self.frames.drain(..self.taken);
+            self.taken = 0;
+        }
+        if self.frames.len() + need > BUFFER_MAX {
+            self.counters.guest_full += 1;
+            return;
+        }
+        match encode_port(gateway, length, &self.datagram[..length], &mut self.frames) {
+            Ok(()) => {
+                self.counters.datagrams += 1;
+                self.counters.bytes += length as u64;
+            }
+            Err(_) => self.counters.malformed += 1,
+        }
+    }
+
+    /// Writes as much as the guest's side takes.
+    pub(crate) fn flush(&mut self, uplink: &mut impl io::Write) -> io::Result<()> {
+        while self.waiting() {
+            match uplink.write(&self.frames[self.taken..]) {
+                Ok(count) => self.taken += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.frames.clear();
+        self.taken = 0;
+        Ok(())
+    }
+}

@@ -1,0 +1,242 @@
+//! The loop: one `poll`, then what is ready, each a bounded amount.
+
+use crate::{
+    bucket::Rate,
+    down::DownPath,
+    gateways::{Family, Table, TableError},
+    message::{self, Counters, FromDaemon, FromRelay, MAX_MESSAGE, MessageError},
+    socket::{Datagrams, Sockets},
+    up::{Turn, UpPath},
+};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send},
+};
+use std::{
+    io,
+    net::UdpSocket,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    time::Instant,
+};
+
+/// Reads of the uplink in one turn, so that the other direction has its turn too.
+const READS_PER_TURN: usize = 4;
+/// Datagrams received from each socket in one turn.
+const DATAGRAMS_PER_TURN: usize = 64;
+
+/// What the guest may send.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Datagrams. A frame above the limit is dropped.
+    pub datagrams: Rate,
+    /// Malformed frames. One above the limit ends the relay.
+    pub malformed: Rate,
+}
+
+impl Default for Limits {
+    /// A full gigabit of ordinary packets is 90 000 datagrams a second; no guest that works sends a
+    /// malformed frame at all.
+    fn default() -> Self {
+        Self { datagrams: Rate { per_s: 500_000, burst: 100_000 }, malformed: Rate { per_s: 1, burst: 16 } }
+    }
+}
+
+/// The descriptors of a relay, each in non-blocking mode but for `control`, whose mode does not matter.
+#[derive(Debug)]
+pub struct Wires<S = UdpSocket> {
+    /// The other end of the guest's uplink port.
+    pub uplink: UnixStream,
+    /// SEQPACKET, to kontord.
+    pub control: OwnedFd,
+    /// To gateways with an IPv4 address.
+    pub udp4: S,
+    /// To gateways with an IPv6 address.
+    pub udp6: Option<S>,
+}
+
+/// Why a relay ended, when nothing failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// kontord asked for it, or is gone.
+    Shutdown,
+    /// The virtual machine closed the uplink.
+    UplinkClosed,
+    /// The guest broke the rules of the uplink too often.
+    Garbage,
+}
+
+/// What failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    /// The wait for the descriptors.
+    #[error("wait for the relay's descriptors")]
+    Poll(#[source] io::Error),
+    /// The uplink.
+    #[error("use the uplink")]
+    Uplink(#[source] io::Error),
+    /// The channel to kontord.
+    #[error("use the channel to kontord")]
+    Control(#[source] io::Error),
+    /// What came on it.
+    #[error("read what kontord says")]
+    Message(#[from] MessageError),
+    /// The table in it.
+    #[error("take the table of gateways")]
+    Table(#[from] TableError),
+}
+
+/// The relay of one virtual machine.
+#[derive(Debug)]
+pub struct Relay<S = UdpSocket> {
+    uplink: UnixStream,
+    control: OwnedFd,
+    sockets: Sockets<S>,
+    table: Table,
+    up: UpPath,
+    down: DownPath,
+    /// The socket that has no room for what the guest sent last.
+    blocked: Option<Family>,
+    started: Instant,
+}
+
+/// What one `poll` found.
+struct Found {
+    control: bool,
+    uplink: bool,
+    uplink_closed: bool,
+}
+
+impl<S: Datagrams> Relay<S> {
+    /// A relay whose table is empty.
+    pub fn new(wires: Wires<S>, limits: Limits) -> Self {
+        let Wires { uplink, control, udp4, udp6 } = wires;
+        Self {
+            uplink,
+            control,
+            sockets: Sockets { v4: udp4, v6: udp6 },
+            table: Table::default(),
+            up: UpPath::new(limits.datagrams, limits.malformed),
+            down: DownPath::new(),
+            blocked: None,
+            started: Instant::now(),
+        }
+    }
+
+    /// Runs until kontord, the guest or an error ends it. Its last word are its counters.
+    ///
+    /// # Errors
+    /// [`RelayError`] when a descriptor fails, or kontord says what is no message.
+    pub fn run(mut self) -> Result<End, RelayError> {
+        self.say(&FromRelay::Ready)?;
+        let end = self.forward()?;
+        self.report()?;
+        Ok(end)
+    }
+
+    fn forward(&mut self) -> Result<End, RelayError> {
+        loop {
+            let found = self.wait()?;
+            if found.control
+                && let Some(end) = self.listen()?
+            {
+                return Ok(end);
+            }
+            if found.uplink || self.blocked.is_some() {
+                if let Some(end) = self.forward_up()? {
+                    return Ok(end);
+                }
+                if found.uplink_closed && self.blocked.is_some() {
+                    return Ok(End::UplinkClosed);
+                }
+            }
+            self.down.receive(DATAGRAMS_PER_TURN, &self.table, &self.sockets);
+            match self.down.flush(&mut self.uplink) {
+                Ok(()) => {}
+                Err(error) if gone(&error) => return Ok(End::UplinkClosed),
+                Err(error) => return Err(RelayError::Uplink(error)),
+            }
+        }
+    }
+
+    fn wait(&self) -> Result<Found, RelayError> {
+        let when = |wanted, flag| if wanted { flag } else { PollFlags::empty() };
+        let uplink = when(self.blocked.is_none(), PollFlags::IN) | when(self.down.waiting(), PollFlags::OUT);
+        let udp = |family| PollFlags::IN | when(self.blocked == Some(family), PollFlags::OUT);
+        let v4 = PollFd::new(&self.sockets.v4, udp(Family::V4));
+        let mut fds = [
+            PollFd::new(&self.control, PollFlags::IN),
+            PollFd::new(&self.uplink, uplink),
+            v4.clone(),
+            // poll takes a slice: where there is no second socket it is cut off.
+            self.sockets.v6.as_ref().map_or(v4, |v6| PollFd::new(v6, udp(Family::V6))),
+        ];
+        let count = if self.sockets.v6.is_some() { 4 } else { 3 };
+        match poll(&mut fds[..count], None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(RelayError::Poll(errno.into())),
+        }
+        let closed = PollFlags::HUP | PollFlags::ERR;
+        Ok(Found {
+            control: !fds[0].revents().is_empty(),
+            uplink: fds[1].revents().intersects(PollFlags::IN | closed),
+            uplink_closed: fds[1].revents().intersects(closed),
+        })
+    }
+
+    fn listen(&mut self) -> Result<Option<End>, RelayError> {
+        let mut packet = [0; MAX_MESSAGE + 1];
+        let length = match recv(&self.control, packet.as_mut_slice(), RecvFlags::DONTWAIT) {
+            Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(Some(End::Shutdown)),
+            Ok((length, _)) => length,
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+            Err(errno) => return Err(RelayError::Control(errno.into())),
+        };
+        match message::decode(&packet[..length])? {
+            FromDaemon::Gateways(gateways) => {
+                self.table = Table::new(&gateways, |family| self.sockets.of(family).is_some())?;
+            }
+            FromDaemon::Report => self.report()?,
+            FromDaemon::Shutdown => return Ok(Some(End::Shutdown)),
+        }
+        Ok(None)
+    }
+
+    fn forward_up(&mut self) -> Result<Option<End>, RelayError> {
+        let now = self.started.elapsed();
+        let turn = self.up.turn(&mut self.uplink, READS_PER_TURN, &self.table, &self.sockets, now);
+        self.blocked = None;
+        match turn.map_err(RelayError::Uplink)? {
+            Turn::Drained => Ok(None),
+            Turn::Blocked(family) => {
+                self.blocked = Some(family);
+                Ok(None)
+            }
+            Turn::Closed => Ok(Some(End::UplinkClosed)),
+            Turn::Garbage(words) => {
+                self.say(&FromRelay::Garbage(words))?;
+                Ok(Some(End::Garbage))
+            }
+        }
+    }
+
+    fn report(&self) -> Result<(), RelayError> {
+        self.say(&FromRelay::Counters(Counters { up: self.up.counters(), down: self.down.counters() }))
+    }
+
+    /// Speaks to kontord; what does not fit its queue is lost, because the relay waits for nobody.
+    fn say(&self, what: &FromRelay) -> Result<(), RelayError> {
+        let packet = message::encode(what)?;
+        match send(self.control.as_fd(), &packet, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::PIPE | Errno::CONNRESET) => Ok(()),
+            Err(errno) => Err(RelayError::Control(errno.into())),
+        }
+    }
+}
+
+fn gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+}

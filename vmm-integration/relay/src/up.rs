@@ -1,0 +1,179 @@
+//! From the guest to the gateways.
+//!
+//! Frames wait in the decoder (two at most) and, when a socket has no room, what is left of one frame
+//! waits in [`Pending`]; until that is gone nothing more is read, so that the guest feels it.
+
+use crate::{
+    bucket::{Bucket, Rate},
+    gateways::{Family, Table},
+    message::{MAX_WORDS, Up},
+    socket::{Datagrams, Sockets},
+};
+use kontor_wire::uplink::{Frame, GatewayId, MAX_FRAME, PortDecoder};
+use std::{io, time::Duration};
+
+#[derive(Debug)]
+pub(crate) struct UpPath {
+    decoder: PortDecoder,
+    sender: Sender,
+    malformed: Bucket,
+}
+
+/// How a turn ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Nothing whole is left to send.
+    Drained,
+    /// The socket of this family has no room.
+    Blocked(Family),
+    /// The guest closed the uplink.
+    Closed,
+    /// Too many malformed frames; the last one was wrong like this.
+    Garbage(String),
+}
+
+impl UpPath {
+    pub(crate) fn new(datagrams: Rate, malformed: Rate) -> Self {
+        let pending = Pending { payload: Vec::with_capacity(MAX_FRAME), segment: 0, gateway: GatewayId(0) };
+        let sender = Sender { pending, datagrams: Bucket::new(datagrams), counters: Up::default() };
+        Self { decoder: PortDecoder::new(), sender, malformed: Bucket::new(malformed) }
+    }
+
+    pub(crate) fn counters(&self) -> Up {
+        self.sender.counters
+    }
+
+    /// Sends what waits, then reads at most `reads_max` times and sends that.
+    pub(crate) fn turn<S: Datagrams>(
+        &mut self,
+        uplink: &mut impl io::Read,
+        reads_max: usize,
+        table: &Table,
+        sockets: &Sockets<S>,
+        now: Duration,
+    ) -> io::Result<Turn> {
+        if let Some(family) = self.sender.resume(table, sockets) {
+            return Ok(Turn::Blocked(family));
+        }
+        for _ in 0..reads_max {
+            match self.drain(table, sockets, now) {
+                Turn::Drained => {}
+                turn @ (Turn::Blocked(_) | Turn::Closed | Turn::Garbage(_)) => return Ok(turn),
+            }
+            match uplink.read(self.decoder.space()) {
+                Ok(0) => return Ok(Turn::Closed),
+                Ok(count) => self.decoder.advance(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Drained),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Turn::Closed),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.drain(table, sockets, now))
+    }
+
+    /// Sends every whole frame that was read.
+    fn drain<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>, now: Duration) -> Turn {
+        loop {
+            match self.decoder.next_frame() {
+                Ok(None) => return Turn::Drained,
+                Ok(Some(frame)) => {
+                    if let Some(family) = self.sender.frame(&frame, table, sockets, now) {
+                        return Turn::Blocked(family);
+                    }
+                }
+                Err(error) => {
+                    self.sender.counters.malformed += 1;
+                    if !self.malformed.take(1, now) {
+                        return Turn::Garbage(error.to_string().chars().take(MAX_WORDS).collect());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Sender {
+    pending: Pending,
+    datagrams: Bucket,
+    counters: Up,
+}
+
+/// What is left of a frame. Its gateway's address is looked up when it is sent: a gateway that has left
+/// the table meanwhile gets nothing.
+#[derive(Debug)]
+struct Pending {
+    payload: Vec<u8>,
+    segment: usize,
+    gateway: GatewayId,
+}
+
+impl Sender {
+    fn frame<S: Datagrams>(
+        &mut self,
+        frame: &Frame<'_>,
+        table: &Table,
+        sockets: &Sockets<S>,
+        now: Duration,
+    ) -> Option<Family> {
+        let count = u32::try_from(frame.segments().count()).unwrap_or(u32::MAX);
+        if table.endpoint(frame.gateway()).is_none() {
+            self.counters.unknown_gateway += 1;
+            return None;
+        }
+        if !self.datagrams.take(count, now) {
+            self.counters.above_rate += 1;
+            return None;
+        }
+        let (payload, segment, gateway) = (frame.payload(), frame.segment_len(), frame.gateway());
+        let (sent, blocked) = send(&mut self.counters, gateway, segment, payload, table, sockets);
+        if blocked.is_some() {
+            self.pending.payload.extend_from_slice(&payload[sent..]);
+            self.pending.segment = segment;
+            self.pending.gateway = gateway;
+        }
+        blocked
+    }
+
+    fn resume<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>) -> Option<Family> {
+        let Pending { payload, segment, gateway } = &mut self.pending;
+        if payload.is_empty() {
+            return None;
+        }
+        let (sent, blocked) = send(&mut self.counters, *gateway, *segment, payload, table, sockets);
+        payload.drain(..sent);
+        blocked
+    }
+}
+
+/// Sends the datagrams of `payload` in order. Returns how many bytes are dealt with, and the family
+/// whose socket has no room for the rest.
+fn send<S: Datagrams>(
+    counters: &mut Up,
+    gateway: GatewayId,
+    segment: usize,
+    payload: &[u8],
+    table: &Table,
+    sockets: &Sockets<S>,
+) -> (usize, Option<Family>) {
+    let Some(endpoint) = table.endpoint(gateway) else {
+        counters.unknown_gateway += 1;
+        return (payload.len(), None);
+    };
+    let family = Family::of(&endpoint);
+    let mut done = 0;
+    for datagram in payload.chunks(segment) {
+        match sockets.of(family).map(|socket| socket.send(datagram, endpoint)) {
+            Some(Ok(())) => {
+                counters.datagrams += 1;
+                counters.bytes += datagram.len() as u64;
+            }
+            Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => return (done, Some(family)),
+            Some(Err(_)) | None => counters.send_failed += 1,
+        }
+        done += datagram.len();
+    }
+    counters.frames += 1;
+    (done, None)
+}

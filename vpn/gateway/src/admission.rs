@@ -1,0 +1,263 @@
+//! The door for control: a Unix stream socket, one line in, one line out.
+//!
+//! ```text
+//! control → gateway    {"admit": {…}} newline                                  at most LINE_MAX bytes
+//! gateway → control    {"admitted": true} newline, or {"refused": words} newline
+//! ```
+//!
+//! Each connection has one line and [`PATIENCE`]; there is one at a time. Control is not trusted: what it
+//! brings is verified in `office`, and all that it can do here is to bring it.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, SyncSender};
+use std::time::{Duration, Instant};
+
+use kontor_bundle::lease::Admit;
+use kontor_vpn::AddPeerError;
+use serde::{Deserialize, Serialize};
+
+use crate::office::{AdmitError, Office, Outcome};
+use crate::plane::{Order, unix_now};
+
+/// What control says.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ToGateway {
+    Admit(Admit),
+}
+
+/// What it is answered.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum FromGateway {
+    Admitted(bool),
+    Refused(String),
+}
+
+/// The thread that lets peers in.
+pub(crate) struct Doorman {
+    pub(crate) listener: UnixListener,
+    pub(crate) office: Office,
+    pub(crate) orders: SyncSender<Order>,
+    /// The data path's eventfd.
+    pub(crate) wake: OwnedFd,
+}
+
+/// Why a connection ended without an admission.
+#[derive(Debug, thiserror::Error)]
+enum TalkError {
+    #[error("read the line")]
+    Read(#[source] io::Error),
+    #[error("the line is longer than {LINE_MAX} bytes, or not complete after {} ms", PATIENCE.as_millis())]
+    Line,
+    #[error("the line does not parse")]
+    Parse(#[source] serde_json::Error),
+    #[error(transparent)]
+    Admit(#[from] AdmitError),
+    #[error("the gateway has no place for the peer")]
+    Peer(#[source] AddPeerError),
+    #[error("the gateway ends")]
+    Ending,
+}
+
+/// Why there is no door.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ListenError {
+    #[error("another process listens on {0}")]
+    Taken(PathBuf),
+    #[error("listen on {path}")]
+    Listen { path: PathBuf, source: io::Error },
+}
+
+/// Listens on `path`, in the place of a process that is gone.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener, ListenError> {
+    let open = || match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Ok(None);
+            }
+            fs::remove_file(path)?;
+            UnixListener::bind(path).map(Some)
+        }
+        result => result.map(Some),
+    };
+    let listener = open().map_err(|source| ListenError::Listen { path: path.to_owned(), source })?;
+    let listener = listener.ok_or_else(|| ListenError::Taken(path.to_owned()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(DOOR_MODE))
+        .map_err(|source| ListenError::Listen { path: path.to_owned(), source })?;
+    Ok(listener)
+}
+
+impl Doorman {
+    /// Serves until the data path is gone.
+    pub(crate) fn run(mut self) {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Of descriptors or memory there is none: that passes, or somebody looks into it.
+                    tracing::warn!(%error, "a connection could not be taken");
+                    std::thread::sleep(BREATH);
+                    continue;
+                }
+            };
+            match self.talk(&stream) {
+                Ok(()) => {}
+                Err(TalkError::Ending) => return,
+                Err(error) => {
+                    let words = chain(&error);
+                    tracing::info!("refused");
+                    tracing::debug!(reason = words, "for this reason");
+                    answer(&stream, &FromGateway::Refused(words));
+                }
+            }
+        }
+    }
+
+    fn talk(&mut self, stream: &UnixStream) -> Result<(), TalkError> {
+        let line = read_line(stream, Instant::now() + PATIENCE)?;
+        let ToGateway::Admit(untrusted) = serde_json::from_slice(&line).map_err(TalkError::Parse)?;
+        let Outcome { admission, removed } = self.office.admit(&untrusted, unix_now())?;
+        for device in removed {
+            tracing::debug!(%device, "no longer borne out by the newest keyset");
+            self.order(Order::Remove(device))?;
+        }
+        tracing::debug!(device = %admission.device, v4 = %admission.v4, v6 = %admission.v6, "checked");
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.order(Order::Admit(Box::new(admission), sender))?;
+        receiver.recv().map_err(|_| TalkError::Ending)?.map_err(TalkError::Peer)?;
+        tracing::info!("admitted");
+        answer(stream, &FromGateway::Admitted(true));
+        Ok(())
+    }
+
+    fn order(&self, order: Order) -> Result<(), TalkError> {
+        self.orders.send(order).map_err(|_| TalkError::Ending)?;
+        // The counter is full only if the data path has much to wake up for.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        Ok(())
+    }
+}
+
+/// Bytes up to a newline, or what there was before the end.
+fn read_line(mut stream: &UnixStream, until: Instant) -> Result<Vec<u8>, TalkError> {
+    let mut line = Vec::new();
+    let mut chunk = [0; CHUNK_LEN];
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(TalkError::Line);
+        }
+        stream.set_read_timeout(Some(left)).map_err(TalkError::Read)?;
+        let len = match stream.read(&mut chunk) {
+            Ok(0) => return Err(TalkError::Line),
+            Ok(len) => len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(TalkError::Line),
+            Err(error) => return Err(TalkError::Read(error)),
+        };
+        let end = chunk[..len].iter().position(|byte| *byte == b'\n');
+        line.extend_from_slice(&chunk[..end.unwrap_or(len)]);
+        if line.len() >= LINE_MAX {
+            return Err(TalkError::Line);
+        }
+        if end.is_some() {
+            return Ok(line);
+        }
+    }
+}
+
+/// Answers, if the other side still listens.
+fn answer(mut stream: &UnixStream, answer: &FromGateway) {
+    let mut line = serde_json::to_vec(answer).expect("text serializes");
+    line.push(b'\n');
+    let written = stream.set_write_timeout(Some(PATIENCE)).and_then(|()| stream.write_all(&line));
+    if let Err(error) = written {
+        tracing::debug!(%error, "an answer did not arrive");
+    }
+}
+
+/// An error with all its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        words.push_str(": ");
+        words.push_str(&error.to_string());
+        source = error.source();
+    }
+    words
+}
+
+/// Most bytes of a line, its newline counted.
+const LINE_MAX: usize = 512 * 1024;
+/// How long a connection may take to say its line, or to hear its answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two tries where the kernel has nothing to give.
+const BREATH: Duration = Duration::from_millis(100);
+const CHUNK_LEN: usize = 16 * 1024;
+/// Control runs as another user of the socket's group.
+const DOOR_MODE: u32 = 0o660;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_of(bytes: &[u8]) -> Result<Vec<u8>, TalkError> {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let bytes = bytes.to_vec();
+        let writer = std::thread::spawn(move || {
+            let _ = near.write_all(&bytes);
+        });
+        let line = read_line(&far, Instant::now() + Duration::from_secs(10));
+        drop(far);
+        writer.join().unwrap();
+        line
+    }
+
+    #[test]
+    fn line_of_the_greatest_length_is_read_and_of_one_more_is_not() {
+        let mut line = vec![b'x'; LINE_MAX - 1];
+        line.push(b'\n');
+        assert_eq!(read_of(&line).unwrap().len(), LINE_MAX - 1);
+        line.insert(0, b'x');
+        assert!(matches!(read_of(&line), Err(TalkError::Line)));
+    }
+
+    #[test]
+    fn line_without_an_end_is_none() {
+        assert!(matches!(read_of(b"{\"admit\":"), Err(TalkError::Line)));
+        assert!(matches!(read_of(b""), Err(TalkError::Line)));
+        let (_near, far) = UnixStream::pair().unwrap();
+        let until = Instant::now() + Duration::from_millis(20);
+        assert!(matches!(read_line(&far, until), Err(TalkError::Line)));
+    }
+
+    #[test]
+    fn message_that_is_unknown_does_not_parse() {
+        for text in ["{}", "{\"remove\":{}}", "[]", "{\"admit\":{}}", "{\"admit\":{\"lease\":1}}"] {
+            assert!(serde_json::from_str::<ToGateway>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn answers_are_one_line_of_json() {
+        let text = |answer: &FromGateway| serde_json::to_string(answer).unwrap();
+        assert_eq!(text(&FromGateway::Admitted(true)), r#"{"admitted":true}"#);
+        assert_eq!(text(&FromGateway::Refused("no".into())), r#"{"refused":"no"}"#);
+    }
+
+    #[test]
+    fn socket_of_a_process_that_is_gone_is_replaced_and_a_living_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admission.sock");
+        let first = listen(&path).unwrap();
+        assert!(matches!(listen(&path), Err(ListenError::Taken(_))));
+        drop(first);
+        assert!(listen(&path).is_ok());
+    }
+}
