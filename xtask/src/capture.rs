@@ -2,11 +2,11 @@
 
 use crate::{
     run::{Error, Result},
-    sys,
-    world::{Host, OFFICE_ADDRESS},
+    sys::{PacketRing, RETIRE_MS},
+    world::{Host, OFFICE_ADDRESS, ROUTER_HARDWARE},
 };
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use std::{
@@ -31,7 +31,7 @@ pub(crate) type Packet = Vec<u8>;
 /// What left the employee's PC.
 #[derive(Debug, Default, Clone, serde::Serialize)]
 pub(crate) struct Tally {
-    /// WireGuard datagrams to or from the gateway.
+    /// WireGuard datagrams to the gateway.
     pub(crate) tunnel_frames: u64,
     /// Everything else but what two directly joined hosts say to find each other (ARP).
     pub(crate) other_frames: u64,
@@ -46,18 +46,13 @@ impl Capture {
         let (stop, running) = rustix::pipe::pipe().map_err(|e| failed(e.into()))?;
         let (started, is_started) = mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let socket = open(host, interface);
-            let socket = match socket {
-                Ok(socket) => {
-                    let _ = started.send(Ok(()));
-                    socket
-                }
-                Err(error) => {
-                    let _ = started.send(Err(error));
-                    return Ok(Vec::new());
-                }
+            let (ring, outcome) = match open(host, interface) {
+                Ok(ring) => (Some(ring), Ok(())),
+                Err(error) => (None, Err(error)),
             };
-            record(&socket, &stop)
+            // Whoever waits for this cannot have gone away.
+            let _ = started.send(outcome);
+            ring.map_or(Ok(Vec::new()), |ring| record(ring, &stop))
         });
         let outcome = is_started.recv().map_err(|_| Error::Unexpected("a capture ended".into()))?;
         outcome.map_err(failed)?;
@@ -72,44 +67,44 @@ impl Capture {
     }
 }
 
-/// A packet socket in the host's network namespace; the calling thread moves there for good.
-fn open(host: Host, interface: Option<&str>) -> io::Result<OwnedFd> {
+/// A ring in the host's network namespace; the calling thread moves there for good.
+fn open(host: Host, interface: Option<&str>) -> io::Result<PacketRing> {
+    use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
     let namespace = File::open(host.namespace())?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
     let index = interface.map(|name| {
-        rustix::net::netdevice::name_to_index(
-            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?,
-            name,
-        )
+        let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+        name_to_index(any, name)
     });
-    sys::packet_socket(index.transpose()?)
+    PacketRing::open(index.transpose()?)
 }
 
-/// Receives until the other end of `stop` closes, and then what is still queued.
-fn record(socket: &OwnedFd, stop: &OwnedFd) -> io::Result<Vec<Packet>> {
-    const LONGEST: usize = 128 * 1024;
-    let mut buffer = vec![0; LONGEST];
+/// Receives until the other end of `stop` closes, and then until the last block was handed over.
+fn record(mut ring: PacketRing, stop: &OwnedFd) -> io::Result<Vec<Packet>> {
+    let last_blocks = Timespec { tv_sec: 0, tv_nsec: 10 * 1_000_000 * i64::from(RETIRE_MS) };
     let mut packets = Vec::new();
+    let mut stopping = false;
     loop {
-        let mut ready = [PollFd::new(socket, PollFlags::IN), PollFd::new(stop, PollFlags::empty())];
-        poll(&mut ready, None)?;
-        if ready[0].revents().contains(PollFlags::IN) {
-            let length = rustix::io::read(socket, &mut buffer[..])?;
-            packets.push(buffer[..length].to_vec());
-        } else if !ready[1].revents().is_empty() {
+        let mut ready = [PollFd::new(&ring, PollFlags::IN), PollFd::new(stop, PollFlags::empty())];
+        let polled = if stopping { &mut ready[..1] } else { &mut ready[..] };
+        let count = poll(polled, stopping.then_some(&last_blocks))?;
+        let stopped = !stopping && !ready[1].revents().is_empty();
+        while ring.take(&mut packets) {}
+        if stopping && count == 0 {
             break;
         }
+        stopping |= stopped;
     }
-    match sys::lost_packets(socket)? {
+    match ring.lost()? {
         0 => Ok(packets),
         lost => Err(io::Error::other(format!("{lost} packets were not recorded"))),
     }
 }
 
-/// Sorts the packets of the employee's link.
+/// Sorts the packets that left by the employee's link; those that came in are passed over.
 pub(crate) fn tally(packets: &[Packet], gateway_port: u16) -> Tally {
     let mut tally = Tally::default();
-    for packet in packets {
+    for packet in packets.iter().filter(|p| p.get(6..12) != Some(&ROUTER_HARDWARE[..])) {
         match describe(packet, gateway_port) {
             Seen::Tunnel => tally.tunnel_frames += 1,
             Seen::Neighbours => {}
@@ -165,9 +160,8 @@ fn describe(packet: &[u8], gateway_port: u16) -> Seen {
     let wireguard =
         ip.get(header + 8..header + 12).is_some_and(|b| (1..=4).contains(&b[0]) && b[1..] == [0, 0, 0]);
     let office: Option<Ipv4Addr> = OFFICE_ADDRESS.parse().ok();
-    let outward = Some(destination) == office && port(2) == gateway_port;
-    let inward = Some(source) == office && port(0) == gateway_port;
-    if ip.get(9) == Some(&UDP) && wireguard && (outward || inward) {
+    let to_gateway = Some(destination) == office && port(2) == gateway_port;
+    if ip.get(9) == Some(&UDP) && wireguard && to_gateway {
         return Seen::Tunnel;
     }
     let protocol = ip.get(9).copied().unwrap_or_default();
@@ -211,6 +205,13 @@ mod tests {
         ];
         let tally = tally(&packets, PORT);
         assert_eq!((tally.tunnel_frames, tally.other_frames), (1, 3));
+    }
+
+    #[test]
+    fn what_comes_in_does_not_count_as_having_left() {
+        let mut incoming = udp([10, 44, 1, 2], 9, b"hello");
+        incoming[6..12].copy_from_slice(&ROUTER_HARDWARE);
+        assert_eq!(tally(&[incoming], PORT).other_frames, 0);
     }
 
     #[test]

@@ -122,7 +122,7 @@ connect($s, pack('SSLLC4', 40, 0, 9, 2, 0, 0, 0, 0)) or failed('vsock connect');
     Attempt {
         name: "mount-a-host-folder",
         script: r"my @seen; for my $t ('9p', 'virtiofs', 'nfs', 'cifs') {
-  my ($s, $d, $o) = ('host', '/tmp', qq(trans=virtio)); my $r = syscall(165, $s, $d, $t, 0, $o);
+  my ($s, $d, $k, $o) = ('host', '/tmp', $t, 'trans=virtio'); my $r = syscall(165, $s, $d, $k, 0, $o);
   push @seen, qq($t: ) . ($r == 0 ? 'MOUNTED' : $!) } said(join(', ', @seen))",
     },
     Attempt {

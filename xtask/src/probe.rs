@@ -51,7 +51,7 @@ impl Probe {
         loop {
             let answer: Option<Output> = inner
                 .decoder
-                .next()
+                .next_message()
                 .map_err(|e| Error::Probe(io::Error::new(io::ErrorKind::InvalidData, e)))?;
             match answer {
                 Some(output) if output.id == id => return Ok(output),

@@ -5,62 +5,148 @@
 
 use std::{
     io, mem,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    ptr::NonNull,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
-/// A socket that receives every frame that passes `interface` of the calling thread's network
-/// namespace in either direction, or of all its interfaces for `None` (packet(7)).
-pub(crate) fn packet_socket(interface: Option<u32>) -> io::Result<OwnedFd> {
-    let all = (libc::ETH_P_ALL as u16).to_be();
-    let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: takes no pointer.
-    let raw = check(unsafe { libc::socket(libc::AF_PACKET, flags, 0) })?;
-    // SAFETY: `raw` was just opened and belongs to nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
-    let buffer: libc::c_int = 32 << 20;
-    // SAFETY: the pointer and length describe `buffer`. Failure leaves the default, and the count of
-    // lost packets tells whether that was enough.
-    let _ = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVBUFFORCE,
-            (&raw const buffer).cast(),
-            mem::size_of_val(&buffer) as libc::socklen_t,
-        )
-    };
-    // SAFETY: `sockaddr_ll` is plain data for which zero is a value.
-    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = all;
-    address.sll_ifindex = interface.unwrap_or(0).cast_signed();
-    // SAFETY: the pointer and length describe `address`.
-    check(unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const address).cast(),
-            mem::size_of_val(&address) as libc::socklen_t,
-        )
-    })?;
-    Ok(socket)
+/// Bytes of one block of the ring.
+const BLOCK: usize = 1 << 20;
+/// Blocks of the ring.
+const BLOCKS: usize = 32;
+/// A block that is not full is handed over after so many milliseconds.
+pub(crate) const RETIRE_MS: u32 = 20;
+
+/// Receives every frame that passes an interface, through a ring shared with the kernel (packet(7),
+/// `TPACKET_V3`): an ordinary user's socket buffer would lose packets under load.
+pub(crate) struct PacketRing {
+    socket: OwnedFd,
+    ring: NonNull<u8>,
+    next: usize,
 }
 
-/// How many packets the kernel could not hand to a packet socket since the last call.
-pub(crate) fn lost_packets(socket: &OwnedFd) -> io::Result<u32> {
-    // SAFETY: `tpacket_stats` is plain data for which zero is a value.
-    let mut stats: libc::tpacket_stats = unsafe { mem::zeroed() };
-    let mut length = mem::size_of_val(&stats) as libc::socklen_t;
-    // SAFETY: the pointers describe `stats` and its length.
+impl PacketRing {
+    /// A ring for `interface` of the calling thread's network namespace, or for all its interfaces.
+    pub(crate) fn open(interface: Option<u32>) -> io::Result<Self> {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        // SAFETY: takes no pointer.
+        let raw = check(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) })?;
+        // SAFETY: `raw` was just opened and belongs to nobody else.
+        let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+        set(&socket, libc::PACKET_VERSION, &libc::tpacket_versions::TPACKET_V3)?;
+        let request = libc::tpacket_req3 {
+            tp_block_size: BLOCK as u32,
+            tp_block_nr: BLOCKS as u32,
+            tp_frame_size: 2048,
+            tp_frame_nr: (BLOCK * BLOCKS / 2048) as u32,
+            tp_retire_blk_tov: RETIRE_MS,
+            tp_sizeof_priv: 0,
+            tp_feature_req_word: 0,
+        };
+        set(&socket, libc::PACKET_RX_RING, &request)?;
+        // SAFETY: asks the kernel for a new mapping of the ring's size.
+        let mapping = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                BLOCK * BLOCKS,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                socket.as_raw_fd(),
+                0,
+            )
+        };
+        if mapping == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let ring = NonNull::new(mapping.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let opened = Self { socket, ring, next: 0 };
+        // SAFETY: `sockaddr_ll` is plain data for which zero is a value.
+        let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = all;
+        address.sll_ifindex = interface.unwrap_or(0).cast_signed();
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        // SAFETY: the pointer and length describe `address`.
+        check(unsafe { libc::bind(opened.socket.as_raw_fd(), (&raw const address).cast(), length) })?;
+        Ok(opened)
+    }
+
+    /// Appends the frames of the next finished block; false when there is none.
+    pub(crate) fn take(&mut self, packets: &mut Vec<Vec<u8>>) -> bool {
+        // SAFETY: `next` is below `BLOCKS`, so the block lies in the mapping.
+        let block = unsafe { self.ring.add(self.next * BLOCK) };
+        let description = block.cast::<libc::tpacket_block_desc>();
+        // SAFETY: a block begins with its description; the kernel writes the status atomically.
+        let status = unsafe { AtomicU32::from_ptr(&raw mut (*description.as_ptr()).hdr.bh1.block_status) };
+        if status.load(Ordering::Acquire) & libc::TP_STATUS_USER == 0 {
+            return false;
+        }
+        // SAFETY: the status says that the block is ours until we give it back.
+        let header = unsafe { (*description.as_ptr()).hdr.bh1 };
+        let mut at = header.offset_to_first_pkt as usize;
+        for _ in 0..header.num_pkts {
+            // SAFETY: the kernel placed a packet's header here, within the block.
+            let packet = unsafe { block.add(at).cast::<libc::tpacket3_hdr>().read_unaligned() };
+            // SAFETY: so many bytes of the frame stand at `tp_mac` behind the header, within the block.
+            let bytes = unsafe {
+                std::slice::from_raw_parts(
+                    block.add(at + usize::from(packet.tp_mac)).as_ptr(),
+                    packet.tp_snaplen as usize,
+                )
+            };
+            packets.push(bytes.to_vec());
+            at += packet.tp_next_offset as usize;
+        }
+        status.store(libc::TP_STATUS_KERNEL, Ordering::Release);
+        self.next = (self.next + 1) % BLOCKS;
+        true
+    }
+
+    /// How many frames found no room since the last call.
+    pub(crate) fn lost(&self) -> io::Result<u32> {
+        // SAFETY: `tpacket_stats_v3` is plain data for which zero is a value.
+        let mut stats: libc::tpacket_stats_v3 = unsafe { mem::zeroed() };
+        let mut length = mem::size_of_val(&stats) as libc::socklen_t;
+        // SAFETY: the pointers describe `stats` and its length.
+        check(unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_STATISTICS,
+                (&raw mut stats).cast(),
+                &raw mut length,
+            )
+        })?;
+        Ok(stats.tp_drops)
+    }
+}
+
+impl AsFd for PacketRing {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for PacketRing {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `open` with this length, and nothing borrows from it.
+        let _ = unsafe { libc::munmap(self.ring.as_ptr().cast(), BLOCK * BLOCKS) };
+    }
+}
+
+fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
+    let length = mem::size_of_val(value) as libc::socklen_t;
+    // SAFETY: the pointer and length describe `value`, which is plain data.
     check(unsafe {
-        libc::getsockopt(
+        libc::setsockopt(
             socket.as_raw_fd(),
             libc::SOL_PACKET,
-            libc::PACKET_STATISTICS,
-            (&raw mut stats).cast(),
-            &raw mut length,
+            option,
+            std::ptr::from_ref(value).cast(),
+            length,
         )
-    })?;
-    Ok(stats.tp_drops)
+    })
+    .map(drop)
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {

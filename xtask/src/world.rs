@@ -33,6 +33,8 @@ pub(crate) enum Host {
 
 /// The interface by which packets leave the employee's PC.
 pub(crate) const HOME_LINK: &str = "home0";
+/// The home router's hardware address: what bears it as its source comes into the PC, all else leaves.
+pub(crate) const ROUTER_HARDWARE: [u8; 6] = [0x02, 0, 0, 0x10, 0x44, 0x01];
 /// The employee's PC on its LAN.
 pub(crate) const HOME_ADDRESS: &str = "10.44.1.2";
 /// The home router, which is also every other device on the employee's LAN.
@@ -96,6 +98,8 @@ pub(crate) fn make() -> Result<()> {
     let net = Host::Net;
     net.ip("link add lan0 type veth peer name home0 netns /run/netns/home")?;
     net.ip("link add wan0 type veth peer name office0 netns /run/netns/office")?;
+    let hardware = ROUTER_HARDWARE.map(|b| format!("{b:02x}")).join(":");
+    net.ip(&format!("link set lan0 address {hardware}"))?;
     net.ip("address add 10.44.1.1/24 dev lan0")?;
     net.ip("address add 203.0.113.1/24 dev wan0")?;
     net.ip("link set lan0 up")?;

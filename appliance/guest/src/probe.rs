@@ -176,7 +176,7 @@ impl Server {
     fn take_request(&mut self) -> Result<Took, ProbeError> {
         let mut chunk = [0; CHUNK];
         while self.has_room() {
-            if let Some(request) = self.decoder.next().map_err(ProbeError::Request)? {
+            if let Some(request) = self.decoder.next_message().map_err(ProbeError::Request)? {
                 self.begin(request);
                 return Ok(Took::Request);
             }
@@ -407,7 +407,7 @@ mod tests {
 
         fn answer(&mut self) -> Output {
             loop {
-                if let Some(output) = self.decoder.next().unwrap() {
+                if let Some(output) = self.decoder.next_message().unwrap() {
                     return output;
                 }
                 let mut chunk = [0; CHUNK];

@@ -9,6 +9,7 @@ use rustix::thread::{
     set_capabilities_secure_bits, set_no_new_privs, set_thread_groups, set_thread_res_gid,
     set_thread_res_uid,
 };
+use std::fs::OpenOptions;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -57,8 +58,7 @@ pub(crate) enum Power {
 }
 
 /// Starts `program` without arguments or environment, with `files` as its descriptors from
-/// [`FIRST_INHERITED`] on. It reads from nowhere; what it says on standard error goes where this
-/// process's goes.
+/// [`FIRST_INHERITED`] on. It reads from nowhere; what it says on standard error goes to the console.
 ///
 /// The caller keeps the numbers `FIRST_INHERITED..FIRST_INHERITED + MAX_INHERITED` occupied
 /// ([`occupy_inherited`]), so that neither `files` nor anything of the standard library stands there.
@@ -68,7 +68,9 @@ pub(crate) fn start(program: &str, files: &[BorrowedFd<'_>], power: Power) -> io
     }
     let sources: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
     let mut command = Command::new(program);
+    let console = OpenOptions::new().write(true).open("/dev/console");
     command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(console.map_or_else(|_| Stdio::null(), Stdio::from));
     // SAFETY: between fork and exec the closure makes system calls on memory that exists already; it
     // neither allocates nor takes a lock (this process has one thread besides).
     unsafe {

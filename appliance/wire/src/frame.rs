@@ -65,7 +65,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`FrameError`] when the peer announces too much or sends what is no `M`.
-    pub fn next<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
+    pub fn next_message<M: DeserializeOwned>(&mut self) -> Result<Option<M>, FrameError> {
         let Some(prefix) = self.buffer.first_chunk::<PREFIX_LEN>() else { return Ok(None) };
         let announced = usize::try_from(u32::from_le_bytes(*prefix)).unwrap_or(usize::MAX);
         if announced > self.limit {
@@ -94,11 +94,11 @@ mod tests {
         let fits = encode(&vec![7u8; LIMIT - 1]);
         assert_eq!(fits.len(), PREFIX_LEN + LIMIT);
         assert_eq!(decoder.push(&fits), fits.len());
-        assert_eq!(decoder.next::<Vec<u8>>(), Ok(Some(vec![7; LIMIT - 1])));
+        assert_eq!(decoder.next_message::<Vec<u8>>(), Ok(Some(vec![7; LIMIT - 1])));
 
         decoder.push(&encode(&vec![7u8; LIMIT]));
         let too_long = FrameError::TooLong { announced: LIMIT + 1, limit: LIMIT };
-        assert_eq!(decoder.next::<Vec<u8>>(), Err(too_long));
+        assert_eq!(decoder.next_message::<Vec<u8>>(), Err(too_long));
     }
 
     #[test]
@@ -108,7 +108,7 @@ mod tests {
         frame[0] += 1;
         let mut decoder = Decoder::new(LIMIT);
         decoder.push(&frame);
-        assert_eq!(decoder.next::<u8>(), Err(FrameError::Malformed(2)));
+        assert_eq!(decoder.next_message::<u8>(), Err(FrameError::Malformed(2)));
     }
 
     proptest! {
@@ -124,7 +124,7 @@ mod tests {
                     rest = &rest[taken..];
                     prop_assert!(decoder.buffer.len() <= LIMIT + PREFIX_LEN);
                     loop {
-                        match decoder.next::<(u8, Vec<u8>)>() {
+                        match decoder.next_message::<(u8, Vec<u8>)>() {
                             Ok(Some(_)) => {}
                             Ok(None) => break,
                             Err(_) => break 'stream,
@@ -143,7 +143,7 @@ mod tests {
                 let mut rest = chunk;
                 while !rest.is_empty() {
                     rest = &rest[decoder.push(rest)..];
-                    while let Some(message) = decoder.next::<String>().unwrap() {
+                    while let Some(message) = decoder.next_message::<String>().unwrap() {
                         seen.push(message);
                     }
                 }

@@ -28,7 +28,9 @@ pub(crate) enum AptError {
     Command(#[from] CommandError),
     #[error("this host has no {KEYRING} (install the Debian package debian-archive-keyring)")]
     NoKeyring,
-    #[error("apt on this host knows no archive with the label {0:?}: name its mirror with --mirror {0}=URL")]
+    #[error(
+        "apt on this host knows no archive with the label {0:?}: run apt-get update, or name a mirror with --mirror {0}=URL"
+    )]
     NoMirror(String),
     #[error("{0:?} is no mirror: http, https, file or copy and an address are expected")]
     MirrorAddress(String),
@@ -113,9 +115,7 @@ pub(crate) struct PrivateApt {
 impl PrivateApt {
     /// Lays out the state. No index is there yet.
     pub(crate) fn new(root: &Path, mirrors: Mirrors) -> Result<Self, AptError> {
-        let state =
-            ["etc/apt", "var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "var/lib/dpkg"];
-        for part in state {
+        for part in STATE {
             files::make_directory(&root.join(part))?;
         }
         files::write_new(&root.join("var/lib/dpkg/status"), b"")?;
@@ -323,6 +323,15 @@ pub(crate) fn percent_encode(text: &str) -> String {
     encoded
 }
 
+/// Directories that apt wants to find.
+const STATE: [&str; 6] = [
+    "etc/apt/apt.conf.d",
+    "etc/apt/preferences.d",
+    "etc/apt/sources.list.d",
+    "var/lib/apt/lists/partial",
+    "var/cache/apt/archives/partial",
+    "var/lib/dpkg",
+];
 const APT_GET: Program = Program { name: "apt-get", package: "apt" };
 const APT_HELPER: Program = Program { name: "/usr/lib/apt/apt-helper", package: "apt" };
 /// Whose signatures on the indices are believed.

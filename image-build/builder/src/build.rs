@@ -57,16 +57,16 @@ pub(crate) enum HostPrograms {
 pub(crate) fn build(request: &Request<'_>, progress: &Progress) -> Result<Image, Failure> {
     let Request { source, profile, .. } = request;
     let output = Output::begin(request.out)?;
-    let lock_text = files::read(request.lock, MAX_LOCK)?;
-    let lock = Lock::load(request.lock, profile)?;
+    let (lock, lock_text) = Lock::load(request.lock, profile)?;
     let host = host::programs(source)?;
     compare_host(&lock, &host, request.host_programs, progress)?;
-    let crates = sbom::crates(source)?;
     let cache = Cache::open()?;
+    fetch::fetch(lock.debs(), &cache, &request.mirrors, progress)?;
+    let crates = sbom::crates(source)?;
     // The compiler and mmdebstrap keep one processor busy each, and need nothing of each other.
     let (guest, trees) = std::thread::scope(|scope| {
         let guest = scope.spawn(|| Guest::build(source, &crates, &cache, progress));
-        let trees = trees(&lock, profile, &host, &cache, &request.mirrors, progress);
+        let trees = trees(&lock, profile, &host, &cache, progress);
         (guest.join().expect("the build thread does not panic"), trees)
     });
     let (guest, Trees { tools, kernel, base }) = (guest?, trees?);
@@ -102,7 +102,7 @@ pub(crate) fn build(request: &Request<'_>, progress: &Progress) -> Result<Image,
         initrd,
         root: piece(staging, ROOT)?,
         sbom: write(SBOM, &bom)?,
-        lock: write(LOCK, &lock_text)?,
+        lock: write(LOCK, lock_text.as_bytes())?,
     };
     let mut text = serde_json::to_vec_pretty(&image).expect("text and numbers serialize");
     text.push(b'\n');
@@ -123,10 +123,8 @@ fn trees(
     profile: &Profile,
     host: &BTreeMap<String, String>,
     cache: &Cache,
-    mirrors: &Mirrors,
     progress: &Progress,
 ) -> Result<Trees, Failure> {
-    fetch::fetch(lock.debs(), cache, mirrors, progress)?;
     let tools = Tools::unpack(lock, cache, progress)?;
     let kernel = Kernel::unpack(lock, profile, &tools, cache, progress)?;
     let base = BaseTree::make(lock, profile, host, cache, progress)?;
@@ -194,7 +192,6 @@ const INITRD: &str = "initrd";
 const ROOT: &str = "root.img";
 const SBOM: &str = "sbom.cdx.json";
 const LOCK: &str = "lock.toml";
-const MAX_LOCK: u64 = 4 * 1024 * 1024;
 
 #[cfg(test)]
 mod tests {

@@ -80,7 +80,7 @@ pub(crate) fn fetch<'a>(
         // apt's helper fails when one file fails; which ones did is seen by what arrived.
         let words = match ended {
             Err(error) if error.exit() != Exit::Bug => return Err(AptError::from(error).into()),
-            Err(error) => error.last_words().to_owned(),
+            Err(error) => without_warnings(error.last_words()),
             Ok(()) => String::new(),
         };
         let mut lost = Vec::new();
@@ -121,6 +121,11 @@ fn adopt(deb: &Deb, path: &std::path::Path, cache: &Cache) -> Result<bool, FileE
     };
     adopt().map_err(FileError::at("keep", &target))?;
     Ok(true)
+}
+
+/// apt's warnings say nothing about a file, and would be mistaken for it.
+fn without_warnings(words: &str) -> String {
+    words.lines().filter(|line| !line.starts_with("W:")).collect::<Vec<_>>().join("\n")
 }
 
 fn judge(lost: &[&Deb], words: String) -> Option<FetchError> {
@@ -201,6 +206,15 @@ mod tests {
         let Some(fetched) = fetch_from(empty.path(), &package(b"x"), &cache) else { return };
         let error = fetched.unwrap_err();
         assert!(matches!(error, FetchError::Gone { .. }), "{error}");
+        assert_eq!(error.exit(), Exit::Unreachable);
+    }
+
+    #[test]
+    fn mirror_that_does_not_answer_is_not_one_that_lacks_the_package() {
+        let words = "W: Unable to read /x/apt.conf.d/ - DirectoryExists (2: No such file or directory)\n\
+                     E: Failed to fetch http://m/x.deb  Could not connect to m:80 (Connection refused)";
+        let error = judge(&[&deb("x")], without_warnings(words)).unwrap();
+        assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
         assert_eq!(error.exit(), Exit::Unreachable);
     }
 

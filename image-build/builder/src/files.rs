@@ -136,6 +136,18 @@ pub(crate) fn copy_new(from: &Path, to: &Path) -> Result<(), FileError> {
     copy().map_err(FileError::at("copy to", to))
 }
 
+/// Fails as a full disk does when `path` is on one that has not `bytes` left.
+pub(crate) fn require_space(path: &Path, bytes: u64) -> Result<(), FileError> {
+    let check = || {
+        let disk = rustix::fs::statvfs(path.parent().unwrap_or(path))?;
+        if disk.f_bavail.saturating_mul(disk.f_frsize) < bytes {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, format!("{bytes} bytes are needed")));
+        }
+        Ok(())
+    };
+    check().map_err(FileError::at("write", path))
+}
+
 /// Length and SHA-256 of a file.
 pub(crate) fn measure(path: &Path) -> Result<(u64, Digest), FileError> {
     let measure = || {
@@ -180,6 +192,14 @@ mod tests {
         replace(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(list(dir.path()).unwrap(), ["f"]);
+    }
+
+    #[test]
+    fn space_is_checked_before_it_is_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        require_space(&dir.path().join("f"), 1).unwrap();
+        let error = require_space(&dir.path().join("f"), u64::MAX).unwrap_err();
+        assert_eq!(error.exit(), Exit::HostLacks);
     }
 
     #[test]

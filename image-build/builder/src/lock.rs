@@ -119,9 +119,10 @@ impl Wish {
 }
 
 impl Lock {
-    /// Reads a lock made for `profile`.
-    pub(crate) fn load(path: &Path, profile: &Profile) -> Result<Self, LockError> {
-        Self::parse(&files::read_text(path, MAX_LOCK)?, path, profile)
+    /// Reads a lock made for `profile`; also its text, as it is.
+    pub(crate) fn load(path: &Path, profile: &Profile) -> Result<(Self, String), LockError> {
+        let text = files::read_text(path, MAX_LOCK)?;
+        Ok((Self::parse(&text, path, profile)?, text))
     }
 
     /// Reads a lock made for `profile`; `path` is for messages only.
@@ -296,7 +297,7 @@ pub(crate) mod tests {
         let path = dir.path().join("l");
         let padding = |bytes: u64| "\n".repeat(usize::try_from(bytes).unwrap() - lock().to_text().len());
         std::fs::write(&path, lock().to_text() + &padding(MAX_LOCK)).unwrap();
-        assert_eq!(Lock::load(&path, &smoke()).unwrap(), lock());
+        assert_eq!(Lock::load(&path, &smoke()).unwrap().0, lock());
         std::fs::write(&path, lock().to_text() + &padding(MAX_LOCK + 1)).unwrap();
         assert!(matches!(Lock::load(&path, &smoke()), Err(LockError::File(_))));
     }

@@ -127,8 +127,8 @@ fn name_of(path: &str) -> String {
     stem.replace('-', "_")
 }
 
-/// Most modules: their numbers in the initrd have two digits.
-pub(crate) const MAX_MODULES: usize = 100;
+/// Most modules: their numbers in the initrd have two digits, and the guest takes no more.
+pub(crate) const MAX_MODULES: usize = 99;
 
 #[cfg(test)]
 mod tests {
@@ -184,7 +184,7 @@ kernel/broken.ko.xz: kernel/absent.ko.xz
     }
 
     #[test]
-    fn as_many_modules_as_two_digits_number_and_no_more() {
+    fn as_many_modules_as_the_guest_takes_and_no_more() {
         let dep = |n: usize| (0..n).map(|i| format!("k/m{i}.ko.xz:\n")).collect::<String>();
         let wishes = |n: usize| (0..n).map(|i| format!("m{i}")).collect::<Vec<_>>();
         let dep = dep(MAX_MODULES + 1);

@@ -59,7 +59,9 @@ pub enum StartError {
     #[error("the installed release is a test image, and the policy does not allow one; install another")]
     TestImage,
     /// No KVM where policy does not allow emulation.
-    #[error("this host has no usable {KVM}, and the policy does not allow emulation; enable virtualisation in the firmware")]
+    #[error(
+        "this host has no usable {KVM}, and the policy does not allow emulation; enable virtualisation in the firmware"
+    )]
     NoKvm,
     /// The policy gives less memory than the release runs in.
     #[error("the release needs {needed} MiB of memory, the policy gives it {given}; tell IT")]
@@ -170,19 +172,32 @@ impl Daemon {
         }
     }
 
-    /// Brings a machine to life, if there is none.
+    /// Brings a machine to life, if there is none. One on its way out is waited for.
     async fn spawn(self: &Arc<Self>) -> Result<watch::Receiver<Status>, Done> {
-        let mut life = self.vm.lock().await;
-        match &*life {
-            Life::Closing => return Err(Done::new(Exit::Failed, "kontord ends")),
-            Life::Machine { task, .. } if !task.is_finished() => return Ok(self.status.subscribe()),
-            Life::Machine { .. } | Life::Idle => {}
+        let mut status = self.status.subscribe();
+        loop {
+            let mut life = self.vm.lock().await;
+            let state = status.borrow_and_update().state;
+            match &mut *life {
+                Life::Closing => return Err(Done::new(Exit::Failed, "kontord ends")),
+                Life::Machine { .. } if matches!(state, State::Stopping) => {
+                    drop(life);
+                    let _ = status.wait_for(|status| !status.is_alive()).await;
+                    continue;
+                }
+                Life::Machine { .. } if status.borrow().is_alive() => return Ok(status),
+                Life::Machine { task, .. } => {
+                    // It has published its end, which is the last that it does.
+                    let _ = task.await;
+                }
+                Life::Idle => {}
+            }
+            self.status.send_replace(Status { state: State::Starting, ..Status::off(self.user_mode) });
+            let (commands, orders) = mpsc::channel(COMMANDS_MAX);
+            let task = tokio::spawn(Arc::clone(self).live(orders));
+            *life = Life::Machine { commands, task };
+            return Ok(self.status.subscribe());
         }
-        self.status.send_replace(Status { state: State::Starting, ..Status::off(self.user_mode) });
-        let (commands, orders) = mpsc::channel(COMMANDS_MAX);
-        let task = tokio::spawn(Arc::clone(self).live(orders));
-        *life = Life::Machine { commands, task };
-        Ok(self.status.subscribe())
     }
 
     /// One machine, from the checks before it to its end.

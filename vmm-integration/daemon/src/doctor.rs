@@ -75,9 +75,10 @@ fn on_disk(daemon: &Daemon) -> Vec<Check> {
     ));
     checks.push(found(
         "release",
-        release.as_ref().map_err(|error| format!("{}; run kontord install", chain(error))).map(|manifest| {
-            format!("{} (version {}) is whole", manifest.image.release, manifest.version)
-        }),
+        release
+            .as_ref()
+            .map_err(|error| format!("{}; run kontord install", chain(error)))
+            .map(|manifest| format!("{} (version {}) is whole", manifest.image.release, manifest.version)),
     ));
     let emulation = records.as_ref().is_ok_and(|records| records.bundle.settings.allow_emulation);
     checks.push(found("kvm", kvm(Path::new(KVM), emulation)));
@@ -103,9 +104,10 @@ fn relay(path: Result<PathBuf, String>) -> Result<String, String> {
 fn kvm(path: &Path, emulation: bool) -> Result<String, String> {
     match Accelerator::best(path) {
         Accelerator::Kvm => Ok(format!("{} can be used", path.display())),
-        Accelerator::Tcg if emulation => {
-            Ok(format!("{} cannot be used; the policy allows emulation, which is slow and no security boundary", path.display()))
-        }
+        Accelerator::Tcg if emulation => Ok(format!(
+            "{} cannot be used; the policy allows emulation, which is slow and no security boundary",
+            path.display()
+        )),
         Accelerator::Tcg if path.exists() => {
             Err(format!("{} may not be used by this user; add it to the group kvm", path.display()))
         }

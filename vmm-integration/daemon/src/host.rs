@@ -1,5 +1,6 @@
 //! What the host can do for a virtual machine.
 
+use crate::sys;
 use serde::{Deserialize, Serialize};
 use std::{fs::OpenOptions, path::Path};
 
@@ -17,9 +18,10 @@ impl Accelerator {
     /// KVM where this process may use it, otherwise the emulator.
     #[must_use]
     pub fn best(kvm: &Path) -> Self {
-        match OpenOptions::new().read(true).write(true).open(kvm) {
-            Ok(_) => Self::Kvm,
-            Err(_) => Self::Tcg,
+        let device = OpenOptions::new().read(true).write(true).open(kvm);
+        match device.and_then(|device| sys::kvm_version(&device)) {
+            Ok(KVM_VERSION) => Self::Kvm,
+            Ok(_) | Err(_) => Self::Tcg,
         }
     }
 
@@ -44,3 +46,18 @@ impl Accelerator {
 
 /// Where the kernel offers KVM.
 pub const KVM: &str = "/dev/kvm";
+/// The one version of KVM's interface that there ever was (Linux, Documentation/virt/kvm/api.rst).
+const KVM_VERSION: i32 = 12;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_kvm_is_not_taken_for_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for path in [file.path(), Path::new("/dev/null"), Path::new("/does/not/exist")] {
+            assert_eq!(Accelerator::best(path), Accelerator::Tcg, "{}", path.display());
+        }
+    }
+}

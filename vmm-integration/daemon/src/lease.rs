@@ -66,7 +66,8 @@ impl<O: LeaseSource> Asker<O> {
             keyset_version,
         };
         let envelope = sign::<RequestKind>(&request.payload(), &[&key]);
-        Ok(verify_request(&envelope, &key.public()).expect("what was just signed with a key verifies with it"))
+        Ok(verify_request(&envelope, &key.public())
+            .expect("what was just signed with a key verifies with it"))
     }
 
     fn accept(&self, request: &Verified<RequestKind>, parts: &Parts) -> Result<Checked, Rejected> {

@@ -88,8 +88,7 @@ impl CommandOffice {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         sys::die_with_parent(&mut command);
-        let mut child =
-            tokio::process::Command::from(command).kill_on_drop(true).spawn().map_err(failed)?;
+        let mut child = tokio::process::Command::from(command).kill_on_drop(true).spawn().map_err(failed)?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let ask = async move {
             if let Some(mut stdin) = stdin {
@@ -168,7 +167,8 @@ mod tests {
 
     #[tokio::test]
     async fn words_of_the_office_are_cut_and_cleaned() {
-        let line = serde_json::to_vec(&serde_json::json!({"refused": "\u{1b}[2J".to_owned() + &"x".repeat(500)}));
+        let line =
+            serde_json::to_vec(&serde_json::json!({"refused": "\u{1b}[2J".to_owned() + &"x".repeat(500)}));
         let Ok(Reply::Refused(words)) = parse(&line.unwrap()) else { panic!("no refusal") };
         assert!(words.starts_with("\\x1b[2Jxx") && words.len() < WORDS_MAX + 10);
     }

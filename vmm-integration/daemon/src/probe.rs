@@ -1,22 +1,12 @@
 //! The probe channel of a test image, served on a unix socket: bytes go to and fro unchanged, one client
 //! after the other.
 
-use std::{fs, io, path::Path};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
 };
 
 const CHUNK_MAX: usize = 64 * 1024;
-
-/// Listens on `path`, which only this user may use.
-pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    crate::verbs::bind_private(path)
-}
 
 /// Serves clients until the guest closes its end.
 pub(crate) async fn serve(listener: UnixListener, mut guest: UnixStream) {

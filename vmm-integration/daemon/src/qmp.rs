@@ -3,7 +3,7 @@
 //! QEMU runs what the guest sends, so it is not trusted either: its lines are limited, and what is not
 //! understood is passed over.
 
-use crate::{lines::next_line, session::Input};
+use crate::{lines::next_line, session::Input, tail::clean};
 use serde::Deserialize;
 use std::io;
 use tokio::{
@@ -47,11 +47,16 @@ pub(crate) async fn listen(from: impl AsyncRead + Unpin, inputs: mpsc::Sender<In
         }
         let Some(event) = line.event else { continue };
         tracing::debug!(event, data = %line.data, "QEMU reports");
-        if event == "GUEST_PANICKED" {
-            let words = "the guest's kernel reported its panic (pvpanic)";
-            if inputs.send(Input::Panicked(words.into())).await.is_err() {
-                return;
+        let input = match event.as_str() {
+            "GUEST_PANICKED" => Input::Panicked("the guest's kernel reported its panic (pvpanic)".into()),
+            "SHUTDOWN" => {
+                let word = line.data["reason"].as_str().unwrap_or("shutdown").to_owned();
+                Input::WentOff(clean(word.as_bytes()))
             }
+            _ => continue,
+        };
+        if inputs.send(input).await.is_err() {
+            return;
         }
     }
 }
@@ -89,6 +94,13 @@ mod tests {
             "{\"timestamp\": {\"seconds\": 2}, \"event\": \"GUEST_PANICKED\", \"data\": {\"action\": \"pause\"}}\r\n",
         );
         assert!(matches!(heard(text.as_bytes()).await.as_slice(), [Input::Panicked(_)]));
+    }
+
+    #[tokio::test]
+    async fn end_of_the_machine_is_reported_with_its_reason() {
+        let text = b"{\"event\":\"SHUTDOWN\",\"data\":{\"guest\":true,\"reason\":\"guest-reset\"}}\n";
+        assert!(matches!(heard(text).await.as_slice(), [Input::WentOff(word)] if word == "guest-reset"));
+        assert!(matches!(heard(b"{\"event\":\"SHUTDOWN\"}\n").await.as_slice(), [Input::WentOff(_)]));
     }
 
     #[tokio::test]

@@ -86,7 +86,8 @@ impl Relay {
     /// Starts the relay on `uplink` and waits until it is ready.
     pub(crate) async fn start(program: &Path, uplink: OwnedFd) -> Result<Self, RelayStartError> {
         let (control, theirs) = control_pair().map_err(RelayStartError::Sockets)?;
-        let udp4 = udp(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()).map_err(RelayStartError::Sockets)?;
+        let udp4 =
+            udp(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()).map_err(RelayStartError::Sockets)?;
         // A host without IPv6 has no such socket.
         let udp6 = udp(AddressFamily::INET6, Ipv6Addr::UNSPECIFIED.into()).ok();
         let mut descriptors = vec![(uplink, UPLINK), (theirs, CONTROL), (udp4, UDP4)];

@@ -39,6 +39,8 @@ pub enum Input {
     GuestBroke(FrameError),
     /// The guest's kernel gave up, as the words say.
     Panicked(String),
+    /// QEMU reports that the machine went off, with its own word for why.
+    WentOff(String),
     /// The guest broke the rules of the uplink, as the relay says.
     UplinkBroke(String),
     /// The relay ended, as the words say.
@@ -157,6 +159,8 @@ pub struct Session {
     lease: Option<LeaseNote>,
     office_words: Option<String>,
     stop: Option<Stop>,
+    /// QEMU's word for why the machine went off.
+    went_off: Option<String>,
     /// When the present wait is over.
     deadline: Option<Duration>,
     actions: VecDeque<Action>,
@@ -177,6 +181,7 @@ impl Session {
             lease: None,
             office_words: None,
             stop: None,
+            went_off: None,
             deadline,
             actions: VecDeque::new(),
         }
@@ -232,19 +237,19 @@ impl Session {
     /// Takes one input.
     pub fn handle(&mut self, input: Input, now: Duration) {
         match input {
-            Input::Closed(how) => self.close(how),
+            Input::Closed(how) => self.close(&how),
+            Input::WentOff(word) => self.went_off = Some(word),
             Input::StopNow => self.stop_now(now),
-            Input::Guest(FromGuest::Stop(reason)) => self.guest_stops(reason, now),
-            other => match self.phase {
-                Phase::Booting | Phase::Running => self.handle_alive(other, now),
-                // On the way out only the end matters.
-                Phase::Ending(_) | Phase::Ended => {}
-            },
-        }
-    }
-
-    fn handle_alive(&mut self, input: Input, now: Duration) {
-        match input {
+            // On the way out only the end matters, and the guest's own word on it.
+            Input::Guest(FromGuest::Stop(reason)) if self.is_ending() => self.reconsider(reason),
+            Input::Guest(_)
+            | Input::GuestBroke(_)
+            | Input::UplinkBroke(_)
+            | Input::Panicked(_)
+            | Input::RelayEnded(_)
+            | Input::Office(_)
+            | Input::Stop
+                if self.stop.is_some() => {}
             Input::Guest(message) => self.handle_guest(message, now),
             Input::GuestBroke(error) => self.broke(error.to_string(), now),
             Input::UplinkBroke(words) => self.broke(words, now),
@@ -261,7 +266,6 @@ impl Session {
                 self.decide(StopReason::Requested, Witness::Host, String::new());
                 self.power_off(now);
             }
-            Input::StopNow | Input::Closed(_) => unreachable!("`handle` takes these in every phase"),
         }
     }
 
@@ -299,7 +303,13 @@ impl Session {
                 Err(broken) => self.broke(broken.to_string(), now),
             },
             FromGuest::Ready => self.ready(now),
-            FromGuest::Stop(_) => unreachable!("`handle` takes it in every phase"),
+            FromGuest::Stop(reason) if is_the_hosts(reason) => {
+                self.broke(format!("the guest claims {}", reason.name()), now);
+            }
+            FromGuest::Stop(reason) => {
+                self.decide(reason, Witness::Guest, String::new());
+                self.end(Ending::PowerOff, self.times.power_off(), now);
+            }
         }
     }
 
@@ -366,29 +376,16 @@ impl Session {
         }
     }
 
-    fn guest_stops(&mut self, reason: StopReason, now: Duration) {
-        match self.phase {
-            Phase::Ended => return,
-            Phase::Ending(_) => {}
-            Phase::Booting | Phase::Running if !self.greeted => {
-                return self.broke("the first frame is no Hello".into(), now);
-            }
-            Phase::Booting | Phase::Running => {}
-        }
-        if is_the_hosts(reason) {
-            if matches!(self.phase, Phase::Booting | Phase::Running) {
-                self.broke(format!("the guest claims {}", reason.name()), now);
-            }
-            return;
-        }
-        // The guest's own word is worth more than a conclusion, not more than what the host saw.
-        if self.stop.as_ref().is_none_or(|stop| stop.witness == Witness::Inferred) {
+    /// The guest's own word is worth more than a conclusion, not more than what the host saw.
+    fn reconsider(&mut self, reason: StopReason) {
+        if self.stop.as_ref().is_some_and(|stop| stop.witness == Witness::Inferred) && !is_the_hosts(reason) {
             self.stop = None;
             self.decide(reason, Witness::Guest, String::new());
         }
-        if matches!(self.phase, Phase::Booting | Phase::Running) {
-            self.end(Ending::PowerOff, self.times.power_off(), now);
-        }
+    }
+
+    fn is_ending(&self) -> bool {
+        matches!(self.phase, Phase::Ending(_))
     }
 
     fn broke(&mut self, words: String, now: Duration) {
@@ -433,8 +430,9 @@ impl Session {
         self.deadline = Some(now + wait);
     }
 
-    fn close(&mut self, how: String) {
-        self.decide(StopReason::Vanished, Witness::Inferred, how);
+    fn close(&mut self, how: &str) {
+        let reported = self.went_off.take().map(|word| format!("{word}, ")).unwrap_or_default();
+        self.decide(StopReason::Vanished, Witness::Inferred, format!("{reported}{how}"));
         self.phase = Phase::Ended;
         self.deadline = None;
     }

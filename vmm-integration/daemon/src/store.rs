@@ -14,19 +14,25 @@
 //! `memory.json` remembers is refused; who can set back all of them together can set back the host.
 //! Each file is replaced as a whole: written beside, flushed, renamed.
 
+mod error;
+mod files;
+
+pub use error::StoreError;
+pub(crate) use files::{io_error, read, sync_parent};
+
+use files::replace;
 use kontor_bundle::{
-    Bundle, BundleError,
+    Bundle,
     lease::{Checked, HostMemory},
 };
 use kontor_trust::{
-    BundleKind, Device, DeviceId, DeviceKind, DeviceState, Digest, DocumentError, EnvelopeError, KeyError,
-    KeysetError, MAX_ENVELOPE, PublicKey, SecretKey, TrustedKeyset, Verified,
+    BundleKind, Device, DeviceId, DeviceKind, DeviceState, Digest, KeysetError, MAX_ENVELOPE, PublicKey,
+    SecretKey, TrustedKeyset, Verified,
 };
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -69,109 +75,6 @@ pub struct Records {
     pub device: Device,
     /// The bundle of its line.
     pub bundle: Bundle,
-}
-
-/// Why something stored cannot be used, or something new is not stored.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// A file or directory.
-    #[error("{doing} {path}")]
-    Io {
-        /// What was being done.
-        doing: &'static str,
-        /// To what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// A file is longer than such a file can be.
-    #[error("{path} is longer than {most} bytes")]
-    TooLong {
-        /// Which file.
-        path: PathBuf,
-        /// The limit.
-        most: u64,
-    },
-    /// Others than the owner may read the key.
-    #[error("{0} may be read by others; its mode must be 0600")]
-    KeyMode(PathBuf),
-    /// The host key.
-    #[error("use the host key")]
-    Key(#[source] KeyError),
-    /// `memory.json`.
-    #[error("understand memory.json")]
-    Memory(#[source] serde_json::Error),
-    /// More than [`MAX_STORED_KEYSETS`].
-    #[error("a keyset of version {0}")]
-    KeysetNumber(u64),
-    /// The chain of keysets.
-    #[error("the stored keyset {version}")]
-    Keyset {
-        /// Which link.
-        version: u64,
-        /// What is wrong.
-        #[source]
-        source: KeysetError,
-    },
-    /// The signatures of the device record.
-    #[error("the device record is not signed as it must be")]
-    DeviceEnvelope(#[source] EnvelopeError),
-    /// The device record's content.
-    #[error("the device record is malformed")]
-    Device(#[source] DocumentError),
-    /// The signatures of the bundle.
-    #[error("the bundle is not signed as it must be")]
-    BundleEnvelope(#[source] EnvelopeError),
-    /// The bundle's content.
-    #[error("the bundle")]
-    Bundle(#[source] BundleError),
-    /// A document of another tenant.
-    #[error("the {0} is of another tenant")]
-    OtherTenant(&'static str),
-    /// The record of another device.
-    #[error("the device record is for {found}, this is {expected}")]
-    OtherDevice {
-        /// The configured one.
-        expected: DeviceId,
-        /// The record's.
-        found: DeviceId,
-    },
-    /// A record that names another host key.
-    #[error("the device record names the host key {found}, this host's is {own}; enrol this host again")]
-    OtherKey {
-        /// The record's.
-        found: PublicKey,
-        /// The stored one.
-        own: PublicKey,
-    },
-    /// The device is revoked.
-    #[error("the device is revoked")]
-    Revoked,
-    /// The bundle of another line.
-    #[error("the bundle is for another line than the device's")]
-    OtherLine,
-    /// Something older than what was seen before.
-    #[error("the {what} is of version {found}, version {known} was seen before")]
-    Older {
-        /// What is older.
-        what: &'static str,
-        /// Its version.
-        found: u64,
-        /// The highest seen.
-        known: u64,
-    },
-    /// Another program changes the store.
-    #[error("{0} is locked: kontord already runs for this device")]
-    Busy(PathBuf),
-}
-
-impl StoreError {
-    /// Whether something is simply not there yet.
-    #[must_use]
-    pub fn is_missing(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
-    }
 }
 
 /// The directory of one device.
@@ -485,37 +388,16 @@ pub(crate) fn not_older(what: &'static str, found: u64, known: u64) -> Result<()
     if found < known { Err(StoreError::Older { what, found, known }) } else { Ok(()) }
 }
 
-pub(crate) fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
-    move |source| StoreError::Io { doing, path: path.into(), source }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// A whole file of at most `most` bytes.
-pub(crate) fn read(path: &Path, most: u64) -> Result<Vec<u8>, StoreError> {
-    let failed = || io_error("read", path);
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(failed())?;
-    file.take(most + 1).read_to_end(&mut bytes).map_err(failed())?;
-    if bytes.len() as u64 > most { Err(StoreError::TooLong { path: path.into(), most }) } else { Ok(bytes) }
-}
-
-/// Replaces a file as a whole: after a crash it is the old one or the new one.
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    let beside = path.with_extension("new");
-    let written = (|| {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&beside, path)?;
-        sync_parent(path)
-    })();
-    written.map_err(io_error("write", path))
-}
-
-/// Makes a rename in `path`'s directory durable.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) => File::open(parent)?.sync_all(),
-        None => Ok(()),
+    #[test]
+    fn keysets_have_numbers_up_to_the_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), Digest([1; 32]), "laptop-7".parse().unwrap()).unwrap();
+        assert!(store.keyset_path(MAX_STORED_KEYSETS).is_ok());
+        let refused = store.keyset_path(MAX_STORED_KEYSETS + 1);
+        assert!(matches!(refused, Err(StoreError::KeysetNumber(10_001))));
     }
 }

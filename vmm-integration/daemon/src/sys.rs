@@ -1,7 +1,11 @@
-//! The one place with unsafe code: what is done in a child process before it becomes its program.
+//! The one place with unsafe code: what is done in a child process before it becomes its program, and a
+//! question to the kernel that no safe interface has.
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit};
-use std::{io, os::unix::process::CommandExt, process::Command};
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit,
+};
+use std::{ffi::c_void, fs::File, io, os::unix::process::CommandExt, process::Command};
 
 /// Limits of a child process.
 #[derive(Debug, Clone, Copy)]
@@ -46,4 +50,34 @@ fn tie(parent: Pid) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // The parent may have died before the line above.
     if getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+}
+
+/// Asks the device of KVM for the version of its interface.
+pub(crate) fn kvm_version(device: &File) -> io::Result<i32> {
+    // SAFETY: `KvmVersion` describes a request without an argument.
+    unsafe { ioctl(device, KvmVersion) }.map_err(io::Error::from)
+}
+
+/// `KVM_GET_API_VERSION`, `_IO(0xAE, 0)`.
+struct KvmVersion;
+
+// SAFETY: the request takes no argument, so the kernel reads and writes no memory of this process; its
+// answer is the call's return value. Other devices may know the same number as another request, and all of
+// those without an argument are as harmless to this process.
+unsafe impl Ioctl for KvmVersion {
+    type Output = i32;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        opcode::none(0xAE, 0)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<i32> {
+        Ok(output)
+    }
 }

@@ -17,10 +17,14 @@ use crate::{
     lines::next_line,
     status::{Reached, Status},
 };
+use rustix::{
+    fs::{Mode, fchmod},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen as listen_on, socket_with},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, PermissionsExt},
+    os::unix::{fs::FileTypeExt, net::UnixListener as StdUnixListener},
     path::Path,
     sync::Arc,
     time::Duration,
@@ -38,8 +42,12 @@ pub const MAX_REQUEST: usize = 4096;
 pub const MAX_ANSWER: usize = 256 * 1024;
 /// Most clients at a time.
 const CLIENTS_MAX: usize = 16;
+/// Clients that may wait to be taken.
+const BACKLOG: i32 = 16;
 /// How long a client may take to ask, and to read a line.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The same for somebody who may not ask.
+const STRANGERS_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What may be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,33 +125,34 @@ impl Done {
     }
 }
 
-/// Binds a socket that only this user may use.
+/// Binds a socket that only this user may use. One that an earlier process left behind is replaced; the
+/// caller has made sure that nobody serves it.
 pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    // The socket is made with the rights that the mask leaves; it is never open to others, not even
-    // between two system calls.
-    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    rustix::process::umask(before);
-    listener
-}
-
-/// Listens for the owner's requests. A socket that an earlier kontord left behind is replaced; the caller
-/// has made sure that no other one runs.
-///
-/// # Errors
-/// When the socket cannot be made, or something else is in its place.
-pub fn listen(path: &Path, owner: u32) -> io::Result<UnixListener> {
     match fs::symlink_metadata(path) {
         Ok(there) if there.file_type().is_socket() => fs::remove_file(path)?,
         Ok(_) => return Err(io::ErrorKind::AlreadyExists.into()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Linux makes the file with the mode that the socket has when it is bound: it is never open to
+    // others, not even between two system calls.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen_on(&socket, BACKLOG)?;
+    UnixListener::from_std(StdUnixListener::from(socket))
+}
+
+/// Listens for the owner's requests.
+///
+/// # Errors
+/// When the socket cannot be made, or something else is in its place.
+pub fn listen(path: &Path, owner: u32) -> io::Result<UnixListener> {
     let listener = bind_private(path)?;
     if owner != rustix::process::geteuid().as_raw() {
         std::os::unix::fs::chown(path, Some(owner), None)?;
     }
-    debug_assert_eq!(fs::metadata(path)?.permissions().mode() & 0o777, 0o600);
     Ok(listener)
 }
 
@@ -169,12 +178,14 @@ pub async fn serve(listener: UnixListener, owner: u32, daemon: Arc<Daemon>) -> i
 async fn serve_one(client: UnixStream, owner: u32, daemon: &Arc<Daemon>) -> io::Result<()> {
     let uid = client.peer_cred()?.uid();
     let (from, to) = client.into_split();
-    let mut to = Answers(to);
+    let (mut from, mut to) = (BufReader::new(from), Answers(to));
     if uid != owner {
         tracing::warn!(uid, owner, "a stranger was refused");
-        return to.done(Done::new(Exit::HostLacks, format!("only the user {owner} may ask"))).await;
+        to.done(Done::new(Exit::HostLacks, format!("only the user {owner} may ask"))).await?;
+        // A socket that is closed with something unread takes its answer back.
+        let _ = timeout(STRANGERS_PATIENCE, next_line(&mut from, MAX_REQUEST)).await;
+        return Ok(());
     }
-    let mut from = BufReader::new(from);
     let line = match timeout(PATIENCE, next_line(&mut from, MAX_REQUEST)).await {
         Ok(Ok(Some(line))) => line,
         Ok(Ok(None)) => return Ok(()),

@@ -236,7 +236,7 @@ fn challenge() -> Challenge {
 async fn refused(asker: Asker<Office>) -> String {
     match asker.ask(challenge()).await {
         Answer::NotVerified(words) => words,
-        other => panic!("{other:?}"),
+        other @ (Answer::Lease(_) | Answer::Refused(_) | Answer::Unreachable(_)) => panic!("{other:?}"),
     }
 }
 
@@ -275,7 +275,8 @@ async fn request_is_signed_by_the_host_key_and_says_what_the_guest_asked() {
 #[tokio::test]
 async fn lease_that_answers_something_else_is_refused() {
     let world = World::provisioned();
-    let bends: [(&str, fn(&mut Lease)); 6] = [
+    type Bend = (&'static str, fn(&mut Lease));
+    let bends: [Bend; 6] = [
         ("nonce", |lease| lease.nonce[0] ^= 1),
         ("key", |lease| lease.boot_key[0] ^= 1),
         ("request", |lease| lease.request.0[0] ^= 1),

@@ -337,10 +337,9 @@ mod tests {
     }
 
     fn challenge(host: &mut Host) -> kontor_wire::control::Challenge {
-        match host.receive() {
-            FromGuest::Challenge(challenge) => challenge,
-            other => panic!("{other:?} instead of a challenge"),
-        }
+        let received = host.receive();
+        let FromGuest::Challenge(challenge) = received else { panic!("{received:?} instead of a challenge") };
+        challenge
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl Control {
     pub(crate) fn receive(&mut self) -> Result<Option<FromHost>, ControlError> {
         let mut chunk = [0; CHUNK];
         loop {
-            if let Some(message) = self.decoder.next().map_err(ControlError::Frame)? {
+            if let Some(message) = self.decoder.next_message().map_err(ControlError::Frame)? {
                 return Ok(Some(message));
             }
             let room = self.decoder.room().min(CHUNK);
@@ -219,7 +219,7 @@ pub(crate) mod tests {
 
         pub(crate) fn receive(&mut self) -> FromGuest {
             loop {
-                if let Some(message) = self.decoder.next().unwrap() {
+                if let Some(message) = self.decoder.next_message().unwrap() {
                     return message;
                 }
                 let mut chunk = [0; 64];

@@ -106,9 +106,12 @@ mod tests {
     use std::process::Command;
 
     fn ended(script: &str) -> (Pid, WaitStatus) {
-        let child = Command::new("/bin/sh").args(["-c", script]).spawn().unwrap();
+        let mut child = Command::new("/bin/sh").args(["-c", script]).spawn().unwrap();
         let pid = Pid::from_child(&child);
-        rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()).unwrap().unwrap()
+        let ended = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        // Reaped already, which is how PID 1 learns of it.
+        drop(child.try_wait());
+        ended.unwrap().unwrap()
     }
 
     fn far() -> Moment {

@@ -18,8 +18,11 @@ const SOCKET: &str = "/run/kontor/kontord.sock";
 
 /// Your work VM
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something did not verify, \
-    4 this PC lacks something, 5 somebody could not be reached.")]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something did not verify, \
+    4 this PC lacks something, 5 somebody could not be reached."
+)]
 struct Cli {
     /// kontord's socket; KONTOR_SOCKET says the same
     #[arg(long, global = true)]
@@ -93,11 +96,15 @@ fn run(command: Command, socket: &Path) -> Result<Exit, Error> {
         Command::Logs => (Request::Logs {}, false),
         Command::Doctor => (Request::Doctor {}, false),
     };
-    let mut stream = UnixStream::connect(socket)
-        .map_err(|source| Error::Connect { path: socket.into(), source })?;
+    let mut stream =
+        UnixStream::connect(socket).map_err(|source| Error::Connect { path: socket.into(), source })?;
     let mut line = serde_json::to_vec(&request).map_err(Error::Answer)?;
     line.push(b'\n');
-    stream.write_all(&line).map_err(Error::Talk)?;
+    match stream.write_all(&line) {
+        // kontord may have answered without reading; what it says is worth more than this.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(Error::Talk(error)),
+        Ok(()) | Err(_) => {}
+    }
     let mut answers = BufReader::new(stream);
     loop {
         let mut line = Vec::new();

@@ -135,8 +135,8 @@ fn dispatch(command: Command) -> Result<(), Error> {
         }
         Command::Install { common, release } => {
             let (_, store) = open(&common)?;
-            let installed = slots::install(&store, &release)
-                .map_err(|source| Error::Install { dir: release, source })?;
+            let installed =
+                slots::install(&store, &release).map_err(|source| Error::Install { dir: release, source })?;
             say(&format!("installed: {} (version {})", installed.image.release, installed.version))
         }
     }

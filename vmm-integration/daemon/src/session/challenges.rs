@@ -137,8 +137,8 @@ mod tests {
     #[test]
     fn a_burst_passes_and_one_more_has_to_wait() {
         let mut challenges = Challenges::new(ROOT);
-        for seq in 0..u64::from(BURST) {
-            answered(&mut challenges, &challenge(1, seq, seq as u8), NOW).unwrap();
+        for (seq, nonce) in (0..u64::from(BURST)).zip(0..) {
+            answered(&mut challenges, &challenge(1, seq, nonce), NOW).unwrap();
         }
         let next = challenge(1, u64::from(BURST), 99);
         assert_eq!(answered(&mut challenges, &next, NOW), Err(Broken::TooMany));

@@ -170,6 +170,15 @@ fn death_without_a_word_is_inferred() {
 }
 
 #[test]
+fn qemus_word_for_the_end_is_kept_as_detail() {
+    let mut session = running();
+    session.handle(Input::WentOff("guest-reset".into()), second(9));
+    assert!(session.stop().is_none());
+    session.handle(Input::Closed("exit status: 0".into()), second(9));
+    assert_eq!(session.stop().unwrap().detail, "guest-reset, exit status: 0");
+}
+
+#[test]
 fn panic_is_inferred_and_the_guests_own_word_is_worth_more() {
     let mut session = running();
     session.handle(Input::Panicked("Kernel panic - not syncing: x".into()), second(9));
@@ -202,7 +211,8 @@ fn garbage_of_either_channel_ends_qemu_at_once() {
 
 #[test]
 fn each_broken_rule_is_garbage() {
-    let rules: [(&str, fn() -> Session, FromGuest); 9] = [
+    type Rule = (&'static str, fn() -> Session, FromGuest);
+    let rules: [Rule; 9] = [
         ("first frame", session, state(BootState::Early)),
         ("first frame is a stop", session, FromGuest::Stop(StopReason::NoDisk)),
         ("second hello", greeted, hello()),

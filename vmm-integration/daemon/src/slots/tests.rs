@@ -161,7 +161,9 @@ fn piece_of_another_length_is_refused() {
     for name in ["kernel", "initrd", "segment", "root.img"] {
         let world = World::installed();
         OpenOptions::new().write(true).open(world.slot(name)).unwrap().set_len(4).unwrap();
-        assert!(matches!(open(&world.store), Err(SlotError::Length { piece, found: 4, .. }) if piece == name));
+        assert!(
+            matches!(open(&world.store), Err(SlotError::Length { piece, found: 4, .. }) if piece == name)
+        );
     }
 }
 

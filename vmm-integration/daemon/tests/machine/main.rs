@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod stub;
+#[expect(dead_code, reason = "other tests use more of it")]
 #[path = "../tenant/mod.rs"]
 mod tenant;
 mod world;
@@ -15,6 +16,7 @@ use kontor_daemon::{
     session::Times,
     status::{State, Status},
     store::Store,
+    verbs::MAX_REQUEST,
     vm,
 };
 use libtest_mimic::{Arguments, Trial};
@@ -86,6 +88,8 @@ fn main() -> ExitCode {
         second_signal_hurries,
         killed_kontord_takes_everything_with_it,
         garbage_on_the_socket_is_answered_and_survived,
+        crowd_of_silent_clients_holds_nobody_off_for_good,
+        start_right_behind_a_stop_waits_for_it,
         strangers_are_refused,
         one_kontord_for_a_device,
         kontor_without_kontord_says_so,
@@ -124,8 +128,7 @@ fn boot_reaches_ready_and_stop_powers_off() {
     let (relay, qemu) =
         (world.await_process("the relay was started"), world.await_process("QEMU was started"));
     let told: Vec<_> = ran.out.lines().map(|line| line.split_whitespace().last().unwrap()).collect();
-    let states =
-        ["early", "verified", "leased", "tunnel-up", "admitted", "state-open", "session"].as_slice();
+    let states = ["early", "verified", "leased", "tunnel-up", "admitted", "state-open", "session"].as_slice();
     assert_eq!(told, [states, &["ready"]].concat());
 
     let status = world.status();
@@ -274,10 +277,10 @@ fn hurried(scenario: &'static str, divisor: u32) -> Status {
         let (commands, orders) = mpsc::channel(1);
         let mut watching = status.subscribe();
         let stop = tokio::spawn(async move {
-            if watching.wait_for(|status| status.state == State::Running).await.is_ok() {
-                let _ = commands.send(vm::Command::Stop).await;
-            }
-            // Held until the machine has ended: its end would be a reason to kill it.
+            let decided = |status: &Status| matches!(status.state, State::Running | State::Stopped);
+            watching.wait_for(decided).await.unwrap();
+            let _ = commands.send(vm::Command::Stop).await;
+            // Held until the machine has ended: the end of its commands would be a reason to kill it.
             watching.wait_for(|status| status.state == State::Stopped).await.is_ok()
         });
         vm::run(plan, asker, Instant::now(), orders, &status).await.unwrap();
@@ -325,10 +328,8 @@ fn emulation_and_test_images_need_the_policy() {
     if Path::new("/dev/kvm").exists() {
         eprintln!("skipped in part: this host has KVM");
     } else {
-        let no_emulation = Setup {
-            bundle: |bundle| bundle.settings.allow_emulation = false,
-            ..Setup::new("ready")
-        };
+        let no_emulation =
+            Setup { bundle: |bundle| bundle.settings.allow_emulation = false, ..Setup::new("ready") };
         let (world, ran) = run_with(&no_emulation);
         ended(&ran, 4, "does not allow emulation");
         assert_eq!(world.status()["state"], "not-started");
@@ -385,9 +386,7 @@ fn what_is_missing_is_said() {
     fs::write(world.path("kontord.toml"), without).unwrap();
     world.serve();
     ended(&world.start(), 4, "start QEMU (/no/qemu)");
-    let relay = world.await_process("the relay was started");
-    relay.await_end();
-    assert!(relay.is_reaped());
+    assert!(world::is_reaped(world.await_pid("the relay was started")));
 }
 
 fn start_with_a_window_is_not_there_yet() {
@@ -405,7 +404,9 @@ fn doctor_says_what_is_missing_and_what_is_well() {
 
     let world = World::new(&Setup { config: "", ..Setup::new("ready") });
     let ran = world.kontor(&["doctor"]);
-    for line in ["ok       host key", "ok       documents: keyset 1", "ok       release: smoke-1", "ok       policy"] {
+    for line in
+        ["ok       host key", "ok       documents: keyset 1", "ok       release: smoke-1", "ok       policy"]
+    {
         assert!(ran.out.contains(line), "{line} is not in\n{}", ran.out);
     }
     let piece = OpenOptions::new().write(true).open(world.slot("root.img")).unwrap();
@@ -470,7 +471,11 @@ fn logs_are_safe_to_print() {
 }
 
 fn terminated_kontord_leaves_nothing_behind() {
-    let mut world = World::new(&Setup { config: "probe_socket = 'DIR/probe.sock'\n", test_image: true, ..Setup::new("probe") });
+    let mut world = World::new(&Setup {
+        config: "probe_socket = 'DIR/probe.sock'\n",
+        test_image: true,
+        ..Setup::new("probe")
+    });
     ended(&world.start(), 0, "ready");
     let processes = [world.await_process("the relay was started"), world.await_process("QEMU was started")];
     let (code, log) = world.end(Signal::TERM);
@@ -532,10 +537,40 @@ fn garbage_on_the_socket_is_answered_and_survived() {
         assert_eq!(answers.len(), 1, "{answers:?}");
         assert_eq!(answers[0]["done"]["exit"], 2, "{answers:?}");
     }
+    let status = br#"{"verb":"status"}"#;
+    for (length, answered) in [(MAX_REQUEST, true), (MAX_REQUEST + 1, false)] {
+        let padded = [status.as_slice(), &b" ".repeat(length - status.len()), b"\n"].concat();
+        assert_eq!(talk(&socket, &padded).iter().any(|answer| !answer["status"].is_null()), answered);
+    }
     // The connection may be gone before the answer was read: more was sent than is read.
     assert!(talk(&socket, &long).iter().all(|answer| answer["done"]["exit"] == 2));
     assert!(talk(&socket, b"").is_empty());
     assert_eq!(talk(&socket, b"{\"verb\":\"status\"}\n")[0]["status"]["state"], "off");
+}
+
+fn crowd_of_silent_clients_holds_nobody_off_for_good() {
+    let world = World::new(&Setup::new("ready"));
+    let socket = world.path("kontord.sock");
+    let mut crowd: Vec<_> = (0..20).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let asking = std::thread::spawn(move || talk(&socket, b"{\"verb\":\"status\"}\n"));
+    crowd.drain(..10);
+    assert_eq!(asking.join().unwrap()[0]["status"]["state"], "off");
+}
+
+fn start_right_behind_a_stop_waits_for_it() {
+    let (world, ran) = run("ready");
+    ended(&ran, 0, "ready");
+    for _ in 0..5 {
+        let stopping = world.kontor_command(&["stop"]).spawn().unwrap();
+        ended(&Ran::from(stopping.wait_with_output().unwrap()), 0, "closed");
+        ended(&world.start(), 0, "ready");
+    }
+    // Nor is the stop itself awaited by whoever starts.
+    let stopping = world.kontor_command(&["stop"]).spawn().unwrap();
+    let started = world.start();
+    ended(&Ran::from(stopping.wait_with_output().unwrap()), 0, "closed");
+    // It came before the stop, and was stopped with the rest, or after it, and runs.
+    assert!(started.out.ends_with("ready\n"), "{started:?}");
 }
 
 fn strangers_are_refused() {

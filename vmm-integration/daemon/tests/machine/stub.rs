@@ -78,7 +78,7 @@ pub(crate) fn office(dir: &Path) -> ! {
         }
         other => panic!("no mode {other}"),
     };
-    writeln!(io::stdout(), "{answer}").unwrap();
+    io::stdout().write_all(format!("{answer}\n").as_bytes()).unwrap();
     exit(0)
 }
 
@@ -89,10 +89,12 @@ struct Machine {
     control: UnixStream,
     decoder: Decoder,
     uplink: UnixStream,
+    descriptors: Vec<u32>,
 }
 
 /// `qemu-system-x86_64`, with its arguments.
 pub(crate) fn qemu(arguments: Vec<String>) -> ! {
+    let descriptors = descriptors();
     let value = |name: &str| {
         let at = arguments.iter().position(|word| word == name).unwrap();
         arguments[at + 1].clone()
@@ -112,6 +114,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
         control: channel("control").unwrap(),
         decoder: Decoder::new(MAX_FROM_HOST),
         uplink: channel("uplink").unwrap(),
+        descriptors,
         arguments,
     };
     let mut events = qmp.try_clone().unwrap();
@@ -170,6 +173,15 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
     }
 }
 
+/// The open descriptors, and the one through which they are read.
+fn descriptors() -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc/self/fd").unwrap();
+    let mut numbers: Vec<u32> =
+        entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok()).collect();
+    numbers.sort_unstable();
+    numbers
+}
+
 fn serve_qmp(qmp: UnixStream, deaf: bool) {
     let mut to = qmp.try_clone().unwrap();
     to.write_all(b"{\"QMP\":{\"version\":{},\"capabilities\":[]}}\r\n").unwrap();
@@ -196,7 +208,7 @@ impl Machine {
 
     fn hear(&mut self) -> FromHost {
         loop {
-            if let Some(message) = self.decoder.next().unwrap() {
+            if let Some(message) = self.decoder.next_message().unwrap() {
                 return message;
             }
             let mut chunk = [0; 4096];
@@ -268,9 +280,7 @@ impl Machine {
         self.lease();
         self.state(BootState::Leased);
         self.echo();
-        for state in
-            [BootState::TunnelUp, BootState::Admitted, BootState::StateOpen, BootState::Session]
-        {
+        for state in [BootState::TunnelUp, BootState::Admitted, BootState::StateOpen, BootState::Session] {
             self.state(state);
         }
         self.say(&FromGuest::Ready);
@@ -295,7 +305,9 @@ impl Machine {
         self.boot();
         match self.ask(1) {
             FromHost::Lease(_) => self.print("renewed"),
-            other => self.print(&format!("not renewed: {other:?}")),
+            other @ (FromHost::Hello { .. } | FromHost::Refused | FromHost::Nudge | FromHost::PowerOff) => {
+                self.print(&format!("not renewed: {other:?}"));
+            }
         }
         self.until_power_off()
     }
@@ -311,11 +323,6 @@ impl Machine {
             let at = self.arguments.iter().position(|word| word == name).unwrap();
             self.arguments[at + 1].clone()
         };
-        let mut descriptors: Vec<_> = std::fs::read_dir("/proc/self/fd")
-            .unwrap()
-            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok())
-            .collect();
-        descriptors.sort_unstable();
         let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
         let limit = |name: &str| {
             let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
@@ -328,8 +335,7 @@ impl Machine {
             format!("initrd {}", content(&value("-initrd"))),
             format!("root {}", content("/proc/self/fd/5")),
             format!("append {}", value("-append")),
-            // The directory itself is read through one more.
-            format!("descriptors {descriptors:?}"),
+            format!("descriptors {:?}", self.descriptors),
             format!("core {} files {}", limit("Max core file size"), limit("Max file size")),
             format!("environment {:?}", std::env::vars().map(|(name, _)| name).collect::<Vec<_>>()),
             privileges.replace('\t', " "),

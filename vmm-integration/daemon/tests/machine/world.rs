@@ -38,14 +38,7 @@ pub(crate) struct Setup {
 
 impl Setup {
     pub(crate) fn new(scenario: &'static str) -> Self {
-        Self {
-            scenario,
-            mode: "lease",
-            test_image: false,
-            bundle: |_| {},
-            manifest: |_| {},
-            config: "",
-        }
+        Self { scenario, mode: "lease", test_image: false, bundle: |_| {}, manifest: |_| {}, config: "" }
     }
 }
 
@@ -206,10 +199,15 @@ impl World {
 
     /// The process whose start kontord logs next.
     pub(crate) fn await_process(&mut self, words: &str) -> Process {
+        Process::of(self.await_pid(words))
+    }
+
+    /// The same, for one that may be gone already.
+    pub(crate) fn await_pid(&mut self, words: &str) -> Pid {
         let line = self.await_log(words);
         let pid = line.split("pid=").nth(1).unwrap().split_whitespace().next().unwrap();
         let pid = pid.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
-        Process::of(pid)
+        Pid::from_raw(pid).unwrap()
     }
 
     pub(crate) fn kontor_command(&self, arguments: &[&str]) -> Command {
@@ -232,7 +230,7 @@ impl World {
     }
 
     pub(crate) fn kontord_process(&self) -> Process {
-        Process::of(i32::try_from(self.kontord.as_ref().unwrap().id()).unwrap())
+        Process::of(Pid::from_child(self.kontord.as_ref().unwrap()))
     }
 
     /// Ends kontord by `signal`, and returns its exit code and the rest of its log.
@@ -258,8 +256,7 @@ impl Drop for World {
 }
 
 impl Process {
-    fn of(pid: i32) -> Self {
-        let pid = Pid::from_raw(pid).unwrap();
+    fn of(pid: Pid) -> Self {
         Self { pid, descriptor: pidfd_open(pid, PidfdFlags::empty()).unwrap() }
     }
 
@@ -274,8 +271,12 @@ impl Process {
 
     /// Whether it ended and its parent has taken note of it.
     pub(crate) fn is_reaped(&self) -> bool {
-        test_kill_process(self.pid).is_err()
+        is_reaped(self.pid)
     }
+}
+
+pub(crate) fn is_reaped(pid: Pid) -> bool {
+    test_kill_process(pid).is_err()
 }
 
 /// How a program ended.
