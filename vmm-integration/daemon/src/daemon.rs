@@ -7,7 +7,7 @@ use crate::{
     host::{Accelerator, KVM},
     lease::Asker,
     office::CommandOffice,
-    qemu::Machine,
+    qemu,
     session::Times,
     slots::{self, SlotError},
     status::{Failure, State, Status},
@@ -100,26 +100,31 @@ pub struct Daemon {
     config: Config,
     store: Store,
     user_mode: bool,
-    status: watch::Sender<Status>,
-    vm: Mutex<Life>,
+    life: Mutex<Life>,
 }
 
 #[derive(Debug)]
 enum Life {
-    /// No machine runs.
+    /// None was started yet.
     Idle,
-    /// One does, or did until a moment ago.
-    Machine { commands: mpsc::Sender<Command>, task: JoinHandle<()> },
+    /// The last that was started; it may have ended.
+    Machine { machine: Machine, task: JoinHandle<()> },
     /// kontord ends; none is started any more.
     Closing,
+}
+
+/// What one needs to steer and follow a machine.
+#[derive(Debug, Clone)]
+struct Machine {
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<Status>,
 }
 
 impl Daemon {
     /// A service without a machine.
     #[must_use]
     pub fn new(config: Config, store: Store, user_mode: bool) -> Self {
-        let status = watch::Sender::new(Status::off(user_mode));
-        Self { config, store, user_mode, status, vm: Mutex::new(Life::Idle) }
+        Self { config, store, user_mode, life: Mutex::new(Life::Idle) }
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -148,10 +153,10 @@ impl Daemon {
         }
     }
 
-    /// Starts the machine unless one runs, and follows it until its session runs or it ended.
+    /// Starts a machine unless one runs, and follows it until its session runs or it ended.
     async fn start(self: &Arc<Self>, to: &mut Answers) -> io::Result<Done> {
-        let mut status = match self.spawn().await {
-            Ok(status) => status,
+        let mut status = match self.machine().await {
+            Ok(machine) => machine.status,
             Err(done) => return Ok(done),
         };
         let mut told = 0;
@@ -167,54 +172,67 @@ impl Daemon {
                 State::Starting | State::Booting | State::Stopping => {}
             }
             if status.changed().await.is_err() {
-                return Ok(Done::new(Exit::Failed, "kontord ends"));
+                return Ok(Done::new(Exit::Failed, "kontord failed; see its log"));
             }
         }
     }
 
-    /// Brings a machine to life, if there is none. One on its way out is waited for.
-    async fn spawn(self: &Arc<Self>) -> Result<watch::Receiver<Status>, Done> {
-        let mut status = self.status.subscribe();
+    /// The machine that runs, or else a new one. One on its way out is waited for.
+    async fn machine(self: &Arc<Self>) -> Result<Machine, Done> {
         loop {
-            let mut life = self.vm.lock().await;
-            let state = status.borrow_and_update().state;
-            match &mut *life {
+            let mut life = self.life.lock().await;
+            let leaving = match &mut *life {
                 Life::Closing => return Err(Done::new(Exit::Failed, "kontord ends")),
-                Life::Machine { .. } if matches!(state, State::Stopping) => {
+                Life::Idle => None,
+                Life::Machine { task, .. } if task.is_finished() => None,
+                Life::Machine { machine, .. } => match machine.status.borrow().state {
+                    State::Starting | State::Booting | State::Running => return Ok(machine.clone()),
+                    State::Stopping => Some(machine.clone()),
+                    State::Off | State::Stopped | State::NotStarted => None,
+                },
+            };
+            match leaving {
+                Some(mut machine) => {
                     drop(life);
-                    let _ = status.wait_for(|status| !status.is_alive()).await;
-                    continue;
+                    // An error says that it is gone, too.
+                    let _ = machine.status.wait_for(|status| !status.is_alive()).await;
                 }
-                Life::Machine { .. } if status.borrow().is_alive() => return Ok(status),
-                Life::Machine { task, .. } => {
-                    // It has published its end, which is the last that it does.
-                    let _ = task.await;
+                None => {
+                    let (machine, task) = self.begin();
+                    *life = Life::Machine { machine: machine.clone(), task };
+                    return Ok(machine);
                 }
-                Life::Idle => {}
             }
-            self.status.send_replace(Status { state: State::Starting, ..Status::off(self.user_mode) });
-            let (commands, orders) = mpsc::channel(COMMANDS_MAX);
-            let task = tokio::spawn(Arc::clone(self).live(orders));
-            *life = Life::Machine { commands, task };
-            return Ok(self.status.subscribe());
         }
+    }
+
+    fn begin(self: &Arc<Self>) -> (Machine, JoinHandle<()>) {
+        let starting = Status { state: State::Starting, ..Status::off(self.user_mode) };
+        let (status_tx, status) = watch::channel(starting);
+        let (commands, orders) = mpsc::channel(COMMANDS_MAX);
+        let task = tokio::spawn(Arc::clone(self).live(orders, status_tx));
+        (Machine { commands, status }, task)
     }
 
     /// One machine, from the checks before it to its end.
-    async fn live(self: Arc<Self>, commands: mpsc::Receiver<Command>) {
-        let started = Instant::now();
-        if let Err(error) = self.run(started, commands).await {
+    async fn live(self: Arc<Self>, commands: mpsc::Receiver<Command>, status: watch::Sender<Status>) {
+        if let Err(error) = self.run(commands, &status).await {
             let words = chain(&error);
             tracing::warn!(words, "the work VM was not started");
             let failure = Failure { words, exit: error.exit() };
-            self.status.send_modify(|status| {
+            status.send_modify(|status| {
                 status.state = State::NotStarted;
                 status.not_started = Some(failure);
             });
         }
     }
 
-    async fn run(&self, started: Instant, commands: mpsc::Receiver<Command>) -> Result<(), StartError> {
+    async fn run(
+        &self,
+        commands: mpsc::Receiver<Command>,
+        status: &watch::Sender<Status>,
+    ) -> Result<(), StartError> {
+        let started = Instant::now();
         let (config, store) = (self.config.clone(), self.store.clone());
         let planning = tokio::task::spawn_blocking(move || plan(&config, &store, Path::new(KVM)));
         let plan = planning.await.map_err(|error| VmError::Channels(io::Error::other(error)))??;
@@ -223,36 +241,39 @@ impl Daemon {
             office: CommandOffice::new(self.config.office_command.clone()),
             release: plan.ready.manifest.image.release.clone(),
         };
-        Ok(vm::run(plan, asker, started, commands, &self.status).await?)
+        Ok(vm::run(plan, asker, started, commands, status).await?)
     }
 
-    async fn command(&self, command: Command) {
-        if let Life::Machine { commands, .. } = &*self.vm.lock().await {
-            // Full: the same was asked several times already. Closed: it has ended.
-            let _ = commands.try_send(command);
+    /// The machine that was started last.
+    async fn last(&self) -> Option<Machine> {
+        match &*self.life.lock().await {
+            Life::Machine { machine, .. } => Some(machine.clone()),
+            Life::Idle | Life::Closing => None,
         }
     }
 
     async fn stop(&self) -> Done {
-        let mut status = self.status.subscribe();
-        if !status.borrow().is_alive() {
+        let Some(mut machine) = self.last().await.filter(|machine| machine.status.borrow().is_alive()) else {
             return Done::ok("the work VM does not run");
-        }
-        self.command(Command::Stop).await;
-        match status.wait_for(|status| !status.is_alive()).await {
+        };
+        // An error says that it has ended meanwhile.
+        let _ = machine.commands.send(Command::Stop).await;
+        match machine.status.wait_for(|status| !status.is_alive()).await {
             Ok(status) => Done { exit: Exit::Ok, ..outcome(&status) },
-            Err(_) => Done::new(Exit::Failed, "kontord ends"),
+            Err(_) => Done::new(Exit::Failed, "kontord failed; see its log"),
         }
     }
 
     /// The status with fresh counters.
     async fn status(&self) -> Status {
-        if matches!(self.status.borrow().state, State::Booting | State::Running) {
+        let Some(machine) = self.last().await else { return Status::off(self.user_mode) };
+        if machine.status.borrow().is_alive() {
             let (done, refreshed) = oneshot::channel();
-            self.command(Command::Refresh(done)).await;
+            let _ = machine.commands.try_send(Command::Refresh(done));
             let _ = timeout(COUNTERS, refreshed).await;
         }
-        self.status.borrow().clone()
+        let status = machine.status.borrow();
+        status.clone()
     }
 
     async fn logs(&self, to: &mut Answers) -> io::Result<Done> {
@@ -279,9 +300,9 @@ impl Daemon {
 
     /// Takes the machine down and starts no other. `hurry` resolves when it must not take long any more.
     pub async fn close(&self, hurry: impl Future<Output = ()>) {
-        let life = std::mem::replace(&mut *self.vm.lock().await, Life::Closing);
-        let Life::Machine { commands, mut task } = life else { return };
-        let _ = commands.try_send(Command::Stop);
+        let life = std::mem::replace(&mut *self.life.lock().await, Life::Closing);
+        let Life::Machine { machine: Machine { commands, .. }, mut task } = life else { return };
+        let _ = commands.send(Command::Stop).await;
         tokio::select! {
             _ = &mut task => {}
             () = hurry => {
@@ -313,7 +334,7 @@ pub fn plan(config: &Config, store: &Store, kvm: &Path) -> Result<Plan, StartErr
     if ready.manifest != manifest {
         return Err(SlotError::Changed.into());
     }
-    let machine = Machine {
+    let machine = qemu::Machine {
         accelerator,
         cpus,
         memory_mib: settings.memory_mib,
