@@ -7,6 +7,7 @@ use crate::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    pipe::PipeFlags,
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use std::{
@@ -43,7 +44,7 @@ impl Capture {
     /// Starts to record `interface` of `host`, or all its interfaces; returns once the recording runs.
     pub(crate) fn start(host: Host, interface: Option<&'static str>) -> Result<Self> {
         let failed = |source: io::Error| Error::Start("a capture".into(), source);
-        let (stop, running) = rustix::pipe::pipe().map_err(|e| failed(e.into()))?;
+        let (stop, running) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
         let (started, is_started) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             let (ring, outcome) = match open(host, interface) {

@@ -171,7 +171,7 @@ pub(crate) fn start(program: &Path, machine: &Machine, inherited: Inherited) -> 
         .stderr(Stdio::piped());
     command.fd_mappings(inherited.mappings()).map_err(io::Error::other)?;
     let address_space = (u64::from(machine.memory_mib) << 20) + OVERHEAD;
-    sys::confine(&mut command, Limits { files: FILES_MAX, address_space });
+    sys::confine(&mut command, PROBE + 1, Limits { files: FILES_MAX, address_space });
     tokio::process::Command::from(command).kill_on_drop(true).spawn()
 }
 

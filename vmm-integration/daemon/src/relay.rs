@@ -233,6 +233,6 @@ fn spawn(program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Child
         .stderr(Stdio::piped());
     let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
     command.fd_mappings(descriptors.into_iter().map(mapping).collect()).map_err(io::Error::other)?;
-    sys::confine(&mut command, Limits { files: FILES_MAX, address_space: ADDRESS_SPACE });
+    sys::confine(&mut command, UDP6 + 1, Limits { files: FILES_MAX, address_space: ADDRESS_SPACE });
     tokio::process::Command::from(command).kill_on_drop(true).spawn()
 }

@@ -1,11 +1,18 @@
 //! The one place with unsafe code: what is done in a child process before it becomes its program, and a
 //! question to the kernel that no safe interface has.
 
+use libc::{CLOSE_RANGE_CLOEXEC, c_int, close_range};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use rustix::process::{
     Pid, Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit,
 };
-use std::{ffi::c_void, fs::File, io, os::unix::process::CommandExt, process::Command};
+use std::{
+    ffi::c_void,
+    fs::File,
+    io,
+    os::{fd::RawFd, unix::process::CommandExt},
+    process::Command,
+};
 
 /// Limits of a child process.
 #[derive(Debug, Clone, Copy)]
@@ -16,17 +23,19 @@ pub(crate) struct Limits {
     pub(crate) address_space: u64,
 }
 
-/// Lets the child die with this process. The signal is tied to the *thread* that starts the child, so
-/// children are started by the main thread only, which is what the one-threaded runtime does.
+/// Lets the child die with this process, and gives it no descriptor but the three standard ones. The
+/// signal is tied to the *thread* that starts the child, so children are started by the main thread only,
+/// which is what the one-threaded runtime does.
 pub(crate) fn die_with_parent(command: &mut Command) {
     let parent = getpid();
-    // SAFETY: between fork and exec, `tie` makes two system calls; it takes no lock and allocates nothing.
-    unsafe { command.pre_exec(move || tie(parent)) };
+    // SAFETY: between fork and exec, the closure makes system calls on numbers that it owns; it takes no
+    // lock and allocates nothing.
+    unsafe { command.pre_exec(move || tie(parent).and_then(|()| keep_below(3))) };
 }
 
 /// Additionally takes from the child what it has no use for: privileges by exec, core files, writing
-/// to any file, and what is above its limits.
-pub(crate) fn confine(command: &mut Command, limits: Limits) {
+/// to any file, and what is above its limits. It keeps the descriptors below `first_closed`.
+pub(crate) fn confine(command: &mut Command, first_closed: RawFd, limits: Limits) {
     let parent = getpid();
     let confine = move || {
         tie(parent)?;
@@ -41,9 +50,20 @@ pub(crate) fn confine(command: &mut Command, limits: Limits) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec, `confine` makes system calls on numbers that it owns; it takes no
-    // lock and allocates nothing.
+    // SAFETY: as above.
     unsafe { command.pre_exec(confine) };
+}
+
+/// Closes every descriptor from `first` on when the child becomes its program. What this process opened
+/// is closed then anyway; what it was started with may not be.
+fn keep_below(first: RawFd) -> io::Result<()> {
+    let first = u32::try_from(first).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let flags = c_int::try_from(CLOSE_RANGE_CLOEXEC).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the flag only marks descriptors; nothing is closed that somebody in this process owns.
+    match unsafe { close_range(first, u32::MAX, flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn tie(parent: Pid) -> io::Result<()> {

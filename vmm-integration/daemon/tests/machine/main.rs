@@ -192,7 +192,8 @@ fn qemu_gets_its_descriptors_and_nothing_else() {
         "root the root image",
         line.as_str(),
         "no_timer_check",
-        "descriptors [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]",
+        // The last is the one through which they were read.
+        "descriptors [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]\n",
         "core 0 files 0",
         r#"environment ["PATH"]"#,
         "NoNewPrivs: 1",

@@ -5,6 +5,7 @@ use crate::{
     stub::ROOT,
     tenant::{Tenant, device_id},
 };
+use command_fds::{CommandFdExt, FdMapping};
 use kontor_bundle::Bundle;
 use kontor_release::{CommandLine, Digest, FORMAT, Image, Manifest, Piece, Verity};
 use rustix::{
@@ -177,6 +178,9 @@ impl World {
     pub(crate) fn serve(&mut self) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kontord"));
         command.args(["run", "--user", "--config"]).arg(self.path("kontord.toml"));
+        // Whoever starts kontord may have left it a descriptor of his own: it must go no further.
+        let stray = FdMapping { parent_fd: fs::File::open("/dev/null").unwrap().into(), child_fd: 77 };
+        command.fd_mappings(vec![stray]).unwrap();
         let mut kontord = command.env("KONTOR_LOG", "debug").stderr(Stdio::piped()).spawn().unwrap();
         self.log = kontord.stderr.take().map(BufReader::new);
         self.kontord = Some(kontord);
