@@ -42,8 +42,12 @@ use std::time::Duration;
 
 /// The disk with the root image.
 const DISK: &str = "/dev/vda";
-/// How long it may take to appear.
+/// How long its node may take to appear once the device is there.
 const DISK_MAX: Duration = Duration::from_secs(10);
+/// Virtio devices by the drivers' bus: they were all found when the first process began.
+const VIRTIO_BUS: &str = "/sys/bus/virtio/devices";
+/// What a block device says of itself there (virtio 1.2, section 5: device id 2).
+const VIRTIO_BLOCK: &str = "0x0002";
 /// The tunnel's program in the root image.
 const TUNNEL: &str = "/usr/lib/kontor/kontor-tunnel";
 /// User and group that it runs as.
@@ -135,7 +139,11 @@ impl Early {
         Ok(Verified { line, floor, uplink, tun, uevents: self.uevents })
     }
 
+    /// Where the disk is. A machine without one is told at once: that is how a host tries its KVM.
     fn disk(&self) -> Result<(u32, u32), Stop> {
+        if !has_block_device(Path::new(VIRTIO_BUS)).map_err(system("list the virtio devices"))? {
+            return Err(Stop::NoDisk);
+        }
         let look = || match stat(DISK) {
             Ok(found) => Ok(Some((major(found.st_rdev), minor(found.st_rdev)))),
             Err(rustix::io::Errno::NOENT) => Ok(None),
@@ -143,6 +151,16 @@ impl Early {
         };
         self.uevents.until(DISK_MAX, look).map_err(system("look for the disk"))?.ok_or(Stop::NoDisk)
     }
+}
+
+fn has_block_device(bus: &Path) -> io::Result<bool> {
+    for device in std::fs::read_dir(bus)? {
+        let kind = std::fs::read_to_string(device?.path().join("device"))?;
+        if kind.trim_end() == VIRTIO_BLOCK {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Verified {
@@ -322,6 +340,17 @@ mod tests {
     fn line() -> CommandLine {
         let verity = Verity { root_hash: Digest([3; 32]), salt: [0; 32], data_blocks: 1 };
         CommandLine { verity, built_at: ISSUED_AT, test: false }
+    }
+
+    #[test]
+    fn block_device_is_found_among_others_and_its_absence_is_seen() {
+        let bus = tempfile::tempdir().unwrap();
+        assert!(!has_block_device(bus.path()).unwrap());
+        for (name, kind) in [("virtio0", "0x0003\n"), ("virtio1", "0x0002\n")] {
+            std::fs::create_dir(bus.path().join(name)).unwrap();
+            std::fs::write(bus.path().join(name).join("device"), kind).unwrap();
+            assert_eq!(has_block_device(bus.path()).unwrap(), name == "virtio1");
+        }
     }
 
     /// Asks for a lease while `answer` plays the host.
