@@ -128,7 +128,8 @@ pub fn header(gateway: GatewayId, segment: usize, payload: &[u8]) -> Result<[u8;
         return Err(FrameError::Length(HEADER_LEN + payload.len()));
     }
     Frame::check(segment, payload)?;
-    let length = u16::try_from(segment).map_err(|_| FrameError::Segment { segment, payload: payload.len() })?;
+    let length =
+        u16::try_from(segment).map_err(|_| FrameError::Segment { segment, payload: payload.len() })?;
     let [low, high] = length.to_le_bytes();
     Ok([VERSION, gateway.0, low, high])
 }

@@ -48,7 +48,7 @@ pub(crate) fn confine(command: &mut Command, first_closed: RawFd, limits: Limits
         ] {
             setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
         }
-        Ok(())
+        keep_below(first_closed)
     };
     // SAFETY: as above.
     unsafe { command.pre_exec(confine) };

@@ -35,6 +35,9 @@ enum Command {
         /// Run as the employee, for development: the keys are then no safer than the employee's files
         #[arg(long)]
         user: bool,
+        /// How the work VM's frames reach the relay
+        #[arg(long, value_enum, default_value_t = Uplink::Port)]
+        uplink: Uplink,
     },
     /// Print this host's public key for the device, making the key first where there is none
     HostKey {
@@ -62,6 +65,13 @@ enum Command {
         /// The directory with manifest.json and the pieces
         release: PathBuf,
     },
+}
+
+/// The backends of the uplink that this version has.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Uplink {
+    /// By a virtio-serial port
+    Port,
 }
 
 #[derive(Debug, Args)]
@@ -121,7 +131,7 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<(), Error> {
     match command {
-        Command::Run { common, user } => run(&common, user),
+        Command::Run { common, user, uplink: Uplink::Port } => run(&common, user),
         Command::HostKey { common } => {
             let (_, store) = open(&common)?;
             say(&store.make_host_key()?.public().to_string())

@@ -256,8 +256,9 @@ fn qemu_that_does_not_start_is_told_with_its_words() {
 fn killed_relay_stops_the_guest() {
     let mut world = World::new(&Setup::new("ready"));
     ended(&world.start(), 0, "ready");
-    world.await_process("the relay was started").kill(Signal::KILL);
+    let relay = world.await_process("the relay was started");
     let qemu = world.await_process("QEMU was started");
+    relay.kill(Signal::KILL);
     qemu.await_end();
     world.await_log("the work VM ended");
     assert_eq!(stopped(&world), ("uplink-failed".into(), false));
