@@ -168,9 +168,15 @@ impl Relay {
     /// What the relay says next, `None` once it has closed the channel.
     async fn hear(&self) -> Result<Option<FromRelay>, HearError> {
         let mut packet = [0; MAX_MESSAGE + 1];
-        match self.control.recv(&mut packet).await? {
-            0 => Ok(None),
-            length => Ok(Some(message::decode(&packet[..length])?)),
+        loop {
+            match self.control.recv(&mut packet).await {
+                Ok(0) => return Ok(None),
+                Ok(length) => return Ok(Some(message::decode(&packet[..length])?)),
+                // The relay has closed its end without reading all: this is said once, and before what
+                // it had sent itself, which is still to be read.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 
@@ -235,4 +241,24 @@ fn spawn(program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Child
     command.fd_mappings(descriptors.into_iter().map(mapping).collect()).map_err(io::Error::other)?;
     sys::confine(&mut command, UDP6 + 1, Limits { files: FILES_MAX, address_space: ADDRESS_SPACE });
     tokio::process::Command::from(command).kill_on_drop(true).spawn()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn last_words_of_a_relay_that_did_not_read_all_are_heard() {
+        let (control, theirs) = control_pair().unwrap();
+        let child = tokio::process::Command::new("true").spawn().unwrap();
+        let relay = Relay { child, control, words: tokio::spawn(async { String::new() }) };
+        relay.tell(Order::Report).await;
+        let last = FromRelay::Counters(Counters::default());
+        rustix::net::send(&theirs, &message::encode(&last).unwrap(), rustix::net::SendFlags::empty())
+            .unwrap();
+        drop(theirs);
+        assert_eq!(relay.hear().await.unwrap(), Some(last));
+        assert_eq!(relay.hear().await.unwrap(), None);
+        assert!(relay.end().await.0.unwrap().success());
+    }
 }
