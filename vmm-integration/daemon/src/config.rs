@@ -8,6 +8,7 @@
 //! office_command = ["/usr/bin/kontor-control", "answer", "--dir", "/srv/control"]
 //! owner = 1000                             # uid of the employee; without it kontord's own
 //! qemu = "qemu-system-x86_64"
+//! kvm = "/dev/kvm"
 //! relay = "/usr/libexec/kontor/kontor-relay"   # without it: beside kontord
 //!
 //! # Development only:
@@ -15,6 +16,7 @@
 //! tap = "/tmp/uplink.tap"                  # all bytes between QEMU and relay
 //! ```
 
+use crate::host::KVM;
 use kontor_trust::{DeviceId, Digest};
 use serde::Deserialize;
 use std::{
@@ -44,6 +46,9 @@ pub struct Config {
     /// The emulator: a path, or a name that is looked up.
     #[serde(default = "default_qemu")]
     pub qemu: PathBuf,
+    /// The device of KVM.
+    #[serde(default = "default_kvm")]
+    pub kvm: PathBuf,
     /// The relay; beside kontord's own program when absent.
     pub relay: Option<PathBuf>,
     /// Development: where the probe channel of a test image is served.
@@ -116,6 +121,10 @@ impl Config {
             }
         }
     }
+}
+
+fn default_kvm() -> PathBuf {
+    KVM.into()
 }
 
 fn default_qemu() -> PathBuf {

@@ -4,7 +4,7 @@ use crate::{
     config::{Config, ConfigError},
     console, doctor,
     exit::{Exit, chain},
-    host::{Accelerator, KVM},
+    host::Accelerator,
     lease::Asker,
     office::CommandOffice,
     qemu,
@@ -17,7 +17,7 @@ use crate::{
 };
 use kontor_bundle::Bundle;
 use kontor_release::Manifest;
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 use tokio::{
     sync::{Mutex, mpsc, oneshot, watch},
     task::JoinHandle,
@@ -60,7 +60,7 @@ pub enum StartError {
     TestImage,
     /// No KVM where policy does not allow emulation.
     #[error(
-        "this host has no usable {KVM}, and the policy does not allow emulation; enable virtualisation in the firmware"
+        "no guest runs on KVM here, and the policy does not allow emulation; enable virtualisation in the firmware, and see kontor doctor"
     )]
     NoKvm,
     /// The policy gives less memory than the release runs in.
@@ -233,15 +233,33 @@ impl Daemon {
         status: &watch::Sender<Status>,
     ) -> Result<(), StartError> {
         let started = Instant::now();
-        let (config, store) = (self.config.clone(), self.store.clone());
-        let planning = tokio::task::spawn_blocking(move || plan(&config, &store, Path::new(KVM)));
-        let plan = planning.await.map_err(|error| VmError::Channels(io::Error::other(error)))??;
+        let mut plan = self.plan(Accelerator::best(&self.config.kvm)).await?;
+        if !plan.machine.accelerator.is_emulation() && !self.kvm_works(&plan).await? {
+            plan = self.plan(Accelerator::Tcg).await?;
+        }
         let asker = Asker {
             store: self.store.clone(),
             office: CommandOffice::new(self.config.office_command.clone()),
             release: plan.ready.manifest.image.release.clone(),
         };
         Ok(vm::run(plan, asker, started, commands, status).await?)
+    }
+
+    async fn plan(&self, accelerator: Accelerator) -> Result<Plan, StartError> {
+        let (config, store) = (self.config.clone(), self.store.clone());
+        let planning = tokio::task::spawn_blocking(move || plan(&config, &store, accelerator));
+        planning.await.map_err(|error| VmError::Channels(io::Error::other(error)))?
+    }
+
+    /// Whether KVM runs a guest. Tried once in each boot of the host.
+    async fn kvm_works(&self, plan: &Plan) -> Result<bool, StartError> {
+        if let Some(verdict) = self.store.kvm_verdict() {
+            return Ok(verdict);
+        }
+        let verdict = vm::kvm_runs_a_guest(&plan.qemu, &plan.ready).await?;
+        tracing::info!(verdict, "KVM was tried with a guest");
+        self.store.remember_kvm_verdict(verdict)?;
+        Ok(verdict)
     }
 
     /// The machine that was started last.
@@ -317,13 +335,12 @@ impl Daemon {
 ///
 /// # Errors
 /// [`StartError`] says what does not verify, is missing or not allowed.
-pub fn plan(config: &Config, store: &Store, kvm: &Path) -> Result<Plan, StartError> {
+pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<Plan, StartError> {
     let key = store.host_key()?;
     let records = store.records(&key.public())?;
     let manifest = slots::describe(store)?;
     allowed(&records.bundle, &manifest)?;
     let settings = &records.bundle.settings;
-    let accelerator = Accelerator::best(kvm);
     if accelerator.is_emulation() && !settings.allow_emulation {
         return Err(StartError::NoKvm);
     }

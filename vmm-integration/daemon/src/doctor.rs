@@ -1,12 +1,6 @@
 //! What is missing for a start, in words.
 
-use crate::{
-    daemon::Daemon,
-    exit::chain,
-    host::{Accelerator, KVM},
-    slots,
-    verbs::Check,
-};
+use crate::{daemon::Daemon, exit::chain, host::Accelerator, slots, verbs::Check};
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
@@ -81,7 +75,7 @@ fn on_disk(daemon: &Daemon) -> Vec<Check> {
             .map(|manifest| format!("{} (version {}) is whole", manifest.image.release, manifest.version)),
     ));
     let emulation = records.as_ref().is_ok_and(|records| records.bundle.settings.allow_emulation);
-    checks.push(found("kvm", kvm(Path::new(KVM), emulation)));
+    checks.push(found("kvm", kvm(&daemon.config().kvm, store.kvm_verdict(), emulation)));
     if let (Ok(records), Ok(manifest)) = (&records, &release) {
         let fits = crate::daemon::allowed(&records.bundle, manifest);
         checks.push(found(
@@ -101,8 +95,12 @@ fn relay(path: Result<PathBuf, String>) -> Result<String, String> {
     }
 }
 
-fn kvm(path: &Path, emulation: bool) -> Result<String, String> {
+fn kvm(path: &Path, verdict: Option<bool>, emulation: bool) -> Result<String, String> {
     match Accelerator::best(path) {
+        Accelerator::Kvm if verdict == Some(false) => {
+            let words = format!("{} opens, but a guest does not run on it", path.display());
+            if emulation { Ok(format!("{words}; the policy allows emulation")) } else { Err(words) }
+        }
         Accelerator::Kvm => Ok(format!("{} can be used", path.display())),
         Accelerator::Tcg if emulation => Ok(format!(
             "{} cannot be used; the policy allows emulation, which is slow and no security boundary",

@@ -57,7 +57,8 @@ pub struct Machine {
 pub(crate) struct Inherited {
     pub(crate) kernel: OwnedFd,
     pub(crate) initrd: OwnedFd,
-    pub(crate) root: OwnedFd,
+    /// None: a machine without a disk.
+    pub(crate) root: Option<OwnedFd>,
     pub(crate) console: OwnedFd,
     pub(crate) qmp: OwnedFd,
     pub(crate) control: OwnedFd,
@@ -66,9 +67,9 @@ pub(crate) struct Inherited {
 }
 
 impl Machine {
-    /// QEMU's arguments.
+    /// QEMU's arguments; without `disk`, those of a machine that has none.
     #[must_use]
-    pub fn arguments(&self) -> Vec<String> {
+    pub fn arguments(&self, disk: bool) -> Vec<String> {
         let (accelerator, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host"),
             Accelerator::Tcg => ("tcg,thread=multi", "max"),
@@ -106,13 +107,15 @@ impl Machine {
             self.cmdline(),
         ];
         let mut option = |name: &str, value: String| line.extend([name.to_owned(), value]);
-        option("-add-fd", format!("fd={ROOT},set=1"));
-        option(
-            "-blockdev",
-            "driver=file,node-name=root-file,filename=/dev/fdset/1,read-only=on,locking=off".into(),
-        );
-        option("-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on".into());
-        option("-device", "virtio-blk-pci,drive=root,disable-legacy=on".into());
+        if disk {
+            option("-add-fd", format!("fd={ROOT},set=1"));
+            option(
+                "-blockdev",
+                "driver=file,node-name=root-file,filename=/dev/fdset/1,read-only=on,locking=off".into(),
+            );
+            option("-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on".into());
+            option("-device", "virtio-blk-pci,drive=root,disable-legacy=on".into());
+        }
         option("-chardev", format!("socket,id=console,fd={CONSOLE}"));
         option("-device", "isa-serial,chardev=console".into());
         option("-chardev", format!("socket,id=qmp,fd={QMP}"));
@@ -147,15 +150,14 @@ impl Inherited {
         let fixed = [
             (self.kernel, KERNEL),
             (self.initrd, INITRD),
-            (self.root, ROOT),
             (self.console, CONSOLE),
             (self.qmp, QMP),
             (self.control, CONTROL),
             (self.uplink, UPLINK),
         ];
-        let probe = self.probe.map(|fd| (fd, PROBE));
+        let optional = [self.root.map(|fd| (fd, ROOT)), self.probe.map(|fd| (fd, PROBE))];
         let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
-        fixed.into_iter().chain(probe).map(mapping).collect()
+        fixed.into_iter().chain(optional.into_iter().flatten()).map(mapping).collect()
     }
 }
 
@@ -163,7 +165,7 @@ impl Inherited {
 pub(crate) fn start(program: &Path, machine: &Machine, inherited: Inherited) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
-        .args(machine.arguments())
+        .args(machine.arguments(inherited.root.is_some()))
         .env_clear()
         .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
         .stdin(Stdio::null())
@@ -190,8 +192,15 @@ mod tests {
     }
 
     #[test]
+    fn machine_without_a_disk_has_no_block_device() {
+        let line = machine().arguments(false);
+        assert!(values(&line, "-blockdev").is_empty() && values(&line, "-add-fd").is_empty());
+        assert!(!values(&line, "-device").iter().any(|device| device.starts_with("virtio-blk")));
+    }
+
+    #[test]
     fn devices_are_these_and_no_others() {
-        let line = machine().arguments();
+        let line = machine().arguments(true);
         assert_eq!(
             values(&line, "-device"),
             [
@@ -212,7 +221,7 @@ mod tests {
 
     #[test]
     fn every_channel_is_an_inherited_descriptor() {
-        let line = Machine { probe: true, ..machine() }.arguments();
+        let line = Machine { probe: true, ..machine() }.arguments(true);
         assert_eq!(
             values(&line, "-chardev"),
             [
@@ -231,14 +240,14 @@ mod tests {
 
     #[test]
     fn command_line_is_the_manifests_but_for_the_emulators_word() {
-        assert_eq!(values(&machine().arguments(), "-append"), ["quiet kontor.built=1"]);
-        let emulated = Machine { accelerator: Accelerator::Tcg, ..machine() }.arguments();
+        assert_eq!(values(&machine().arguments(true), "-append"), ["quiet kontor.built=1"]);
+        let emulated = Machine { accelerator: Accelerator::Tcg, ..machine() }.arguments(true);
         assert_eq!(values(&emulated, "-append"), ["quiet kontor.built=1 no_timer_check"]);
         assert_eq!(values(&emulated, "-accel"), ["tcg,thread=multi"]);
     }
 
     #[test]
     fn probe_port_is_there_only_when_wanted() {
-        assert!(!machine().arguments().iter().any(|word| word.contains("probe")));
+        assert!(!machine().arguments(true).iter().any(|word| word.contains("probe")));
     }
 }

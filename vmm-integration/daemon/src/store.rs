@@ -6,6 +6,7 @@
 //! device.json bundle.json
 //! memory.json             the highest that was ever seen of each
 //! slots/A/                the installed release
+//! kvm.json                whether KVM ran a guest when it was last tried
 //! console.log             what the guest's console said
 //! lock                    held while something above changes
 //! ```
@@ -33,6 +34,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
+    io,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -83,6 +85,22 @@ pub struct Store {
     dir: PathBuf,
     tenant: Digest,
     device: DeviceId,
+}
+
+/// Identifies a boot of the host (random(4)).
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// What trying KVM came to.
+const KVM_VERDICT: &str = "kvm.json";
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KvmVerdict {
+    boot: String,
+    works: bool,
+}
+
+fn boot_id() -> io::Result<String> {
+    fs::read_to_string(BOOT_ID)
 }
 
 /// Held while files of the store change; released when dropped.
@@ -182,6 +200,25 @@ impl Store {
             }
             key => key,
         }
+    }
+
+    /// Whether KVM ran a guest when it was last tried; `None` when that was not in this boot of the
+    /// host, whose kernel, firmware and settings may have changed since.
+    #[must_use]
+    pub fn kvm_verdict(&self) -> Option<bool> {
+        let (boot, verdict) = (boot_id().ok()?, read(&self.dir.join(KVM_VERDICT), SMALL_MAX).ok()?);
+        let Ok(KvmVerdict { boot: then, works }) = serde_json::from_slice(&verdict) else { return None };
+        (then == boot).then_some(works)
+    }
+
+    /// Keeps what [`Store::kvm_verdict`] tells.
+    ///
+    /// # Errors
+    /// [`StoreError`] names the file.
+    pub fn remember_kvm_verdict(&self, works: bool) -> Result<(), StoreError> {
+        let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
+        let verdict = serde_json::to_vec(&KvmVerdict { boot, works }).expect("text and a bool serialize");
+        replace(&self.dir.join(KVM_VERDICT), &verdict)
     }
 
     /// The highest versions ever seen; all zero before anything was.

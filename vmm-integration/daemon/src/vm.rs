@@ -12,6 +12,7 @@
 //! end, so that no last word is lost and none comes later.
 
 mod machine;
+mod trial;
 
 use crate::{
     exit::Exit,
@@ -31,6 +32,7 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{Instant, sleep_until},
 };
+pub(crate) use trial::kvm_runs_a_guest;
 
 /// Inputs that may wait. A reader whose input does not fit waits, and with it its peer.
 const INPUTS_MAX: usize = 32;

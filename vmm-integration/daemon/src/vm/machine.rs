@@ -85,7 +85,7 @@ impl Vm {
         let inherited = Inherited {
             kernel: ready.kernel.into(),
             initrd: ready.initrd.into(),
-            root: ready.root.into(),
+            root: Some(ready.root.into()),
             console: console_theirs,
             qmp: qmp_theirs,
             control: control_theirs,
@@ -190,7 +190,7 @@ impl Vm {
 }
 
 /// A stream to QEMU: kontord's end and the other.
-fn pair() -> Result<(UnixStream, OwnedFd), VmError> {
+pub(super) fn pair() -> Result<(UnixStream, OwnedFd), VmError> {
     let make = || {
         let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;

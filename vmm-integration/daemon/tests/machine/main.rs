@@ -269,7 +269,7 @@ fn hurried(scenario: &'static str, divisor: u32) -> Status {
     let world = World::installed(&Setup::new(scenario));
     let config = kontor_daemon::config::Config::read(&world.path("kontord.toml")).unwrap();
     let store = Store::open(&config.state, config.tenant, config.device.clone()).unwrap();
-    let mut plan = plan(&config, &store, Path::new("/nonexistent")).unwrap();
+    let mut plan = plan(&config, &store, kontor_daemon::host::Accelerator::Tcg).unwrap();
     plan.times = Times::new(kontor_daemon::host::Accelerator::Kvm).divided_by(divisor);
     let office = CommandOffice::new(config.office_command.clone());
     let asker = Asker { store, office, release: "smoke-1".into() };

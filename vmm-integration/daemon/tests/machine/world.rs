@@ -149,7 +149,7 @@ impl World {
         let (path, own) = (dir.path().to_str().unwrap(), own_program());
         let config = format!(
             "state = '{path}/state'\nsocket = '{path}/kontord.sock'\ntenant = '{}'\ndevice = '{}'\n\
-             qemu = '{own}'\nrelay = '{own}'\noffice_command = ['{own}', 'office', '{path}/office']\n{}",
+             qemu = '{own}'\nkvm = '/no/kvm'\nrelay = '{own}'\noffice_command = ['{own}', 'office', '{path}/office']\n{}",
             tenant.id,
             device_id(),
             setup.config.replace("DIR", path),
