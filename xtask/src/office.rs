@@ -31,7 +31,7 @@ pub(crate) const LARGE_FILE_LEN: usize = 8 << 20;
 const LINE: &str = "sales";
 pub(crate) const DEVICE: &str = "anna-1";
 /// Memory of the work VM in MiB.
-pub(crate) const MEMORY_MIB: u64 = 256;
+pub(crate) const MEMORY_MIB: u64 = 128;
 
 /// A running office.
 pub(crate) struct Office {

@@ -7,7 +7,6 @@ use crate::{
     world,
 };
 use std::{
-    env,
     io::{BufRead, BufReader, Write},
     path::PathBuf,
     process::{Command, ExitCode, Stdio},
@@ -161,7 +160,7 @@ fn vm(context: &mut Context) -> Result<Counts> {
 }
 
 fn demo(context: &mut Context) -> Result<Counts> {
-    let own = env::current_exe().map_err(run::at("find", "/proc/self/exe".as_ref()))?;
+    let own = context.bin()?.join("xtask");
     context.image()?;
     run::openly(Command::new(own).arg("demo")).map(|()| Counts::one())
 }

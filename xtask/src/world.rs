@@ -76,7 +76,8 @@ impl Host {
 pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Command> {
     let file = plan.scratch.join("plan.json");
     plan.write(&file)?;
-    let own = env::current_exe().map_err(at("find", Path::new("/proc/self/exe")))?;
+    // Not this process's own file: building the workspace may have replaced it.
+    let own = plan.bin.join("xtask");
     let role = match role {
         Role::Demo => "demo",
         Role::Suite => "suite",

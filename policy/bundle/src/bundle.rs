@@ -18,7 +18,7 @@ pub const MAX_ENDPOINTS: usize = 4;
 /// Most resolvers.
 pub const MAX_RESOLVERS: usize = 4;
 /// Least memory of a work VM, in MiB.
-pub const MIN_MEMORY_MIB: u32 = 256;
+pub const MIN_MEMORY_MIB: u32 = 128;
 /// Most memory of a work VM, in MiB.
 pub const MAX_MEMORY_MIB: u32 = 64 * 1024;
 /// Longest life of any lease, in seconds.
