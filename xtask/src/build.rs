@@ -19,8 +19,6 @@ pub(crate) struct Plan {
     pub(crate) scratch: PathBuf,
     /// The demo's JSON report goes here.
     pub(crate) json: Option<PathBuf>,
-    /// Whether the slow tests run too.
-    pub(crate) all: bool,
 }
 
 impl Plan {
@@ -63,8 +61,10 @@ pub(crate) fn cache() -> Result<PathBuf> {
 /// Builds the programs; returns the directory they lie in.
 pub(crate) fn programs() -> Result<PathBuf> {
     // The whole workspace, so that dependencies are built once, with the features that tests use too.
-    openly(cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
-    Ok(root().join("target/debug"))
+    let target = root().join("target");
+    let arguments = ["build", "--locked", "--workspace", "--bins", "--target-dir"];
+    openly(cargo().args(arguments).arg(&target))?;
+    Ok(target.join("debug"))
 }
 
 /// Builds the image of [`PROFILE`] with the lock in the tree, or a fresh one where the archive has

@@ -126,13 +126,17 @@ enum Seen {
     Other(String),
 }
 
-/// What an Ethernet frame is. The two ends of a veth pair ask for each other's hardware address (ARP,
-/// IPv6 neighbour discovery) on the host's own account; that is the host's kernel, not the work VM.
+/// What an Ethernet frame is. Two kinds are the host kernel's own doing, not the work VM's: the two ends
+/// of a veth pair ask for each other's hardware address (ARP, IPv6 neighbour discovery), and a datagram of
+/// the gateway's that comes when the relay has gone is answered by "port unreachable" (RFC 792).
 fn describe(packet: &[u8], gateway_port: u16) -> Seen {
     const IPV4: [u8; 2] = [0x08, 0x00];
     const IPV6: [u8; 2] = [0x86, 0xdd];
     const ARP: [u8; 2] = [0x08, 0x06];
     const ICMPV6: u8 = 58;
+    /// Multicast listener discovery and neighbour discovery (RFC 2710, 4861, 9777).
+    const NEIGHBOUR_MESSAGES: &[u8] = &[130, 131, 132, 133, 134, 135, 136, 137, 143];
+    const ICMP: u8 = 1;
     const UDP: u8 = 17;
     let ethertype = packet.get(12..14).unwrap_or_default();
     let ip = packet.get(14..).unwrap_or_default();
@@ -140,10 +144,13 @@ fn describe(packet: &[u8], gateway_port: u16) -> Seen {
         return Seen::Neighbours;
     }
     if ethertype == IPV6 {
-        // Neighbour discovery and multicast listener reports carry link-local or unspecified sources.
-        let link_local = ip.get(8..10) == Some(&[0xfe, 0x80]) || ip.get(8..24) == Some(&[0; 16]);
-        let hop_by_hop_or_icmp = matches!(ip.get(6), Some(0 | &ICMPV6));
-        if link_local && hop_by_hop_or_icmp {
+        // Multicast listener discovery stands behind a hop-by-hop header of 8 bytes.
+        let message = match ip.get(6) {
+            Some(&ICMPV6) => ip.get(40),
+            Some(0) if ip.get(40) == Some(&ICMPV6) => ip.get(48),
+            Some(_) | None => None,
+        };
+        if message.is_some_and(|message| NEIGHBOUR_MESSAGES.contains(message)) {
             return Seen::Neighbours;
         }
         return Seen::Other(format!("IPv6, next header {}", ip.get(6).copied().unwrap_or_default()));
@@ -164,6 +171,14 @@ fn describe(packet: &[u8], gateway_port: u16) -> Seen {
     let to_gateway = Some(destination) == office && port(2) == gateway_port;
     if ip.get(9) == Some(&UDP) && wireguard && to_gateway {
         return Seen::Tunnel;
+    }
+    let quoted = ip.get(header + 8..).unwrap_or_default();
+    let unreachable_port = ip.get(9) == Some(&ICMP) && ip.get(header..header + 2) == Some(&[3, 3]);
+    let gateways_datagram = quoted.get(12..16) == ip.get(16..20)
+        && quoted.get(9) == Some(&UDP)
+        && quoted.get(20..22) == Some(&gateway_port.to_be_bytes());
+    if unreachable_port && gateways_datagram && Some(destination) == office {
+        return Seen::Neighbours;
     }
     let protocol = ip.get(9).copied().unwrap_or_default();
     Seen::Other(format!(
@@ -213,6 +228,21 @@ mod tests {
         let mut incoming = udp([10, 44, 1, 2], 9, b"hello");
         incoming[6..12].copy_from_slice(&ROUTER_HARDWARE);
         assert_eq!(tally(&[incoming], PORT).other_frames, 0);
+    }
+
+    #[test]
+    fn unreachable_port_counts_unless_it_is_about_the_gateways_datagram() {
+        let unreachable = |quoted_port: u16| {
+            let mut packet = udp([203, 0, 113, 2], 0, &[]);
+            packet.truncate(34);
+            packet[23] = 1;
+            packet.extend([3, 3, 0, 0, 0, 0, 0, 0, 0x45, 0, 0, 60, 0, 0, 0, 0, 64, 17, 0, 0]);
+            packet.extend([203, 0, 113, 2, 10, 44, 1, 2]);
+            packet.extend(quoted_port.to_be_bytes());
+            packet
+        };
+        assert_eq!(tally(&[unreachable(PORT)], PORT).other_frames, 0);
+        assert_eq!(tally(&[unreachable(53)], PORT).other_frames, 1);
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(crate) fn run(json: Option<&Path>) -> Result<ExitCode> {
     let image = build::image(&bin)?;
     let scratch = world::scratch()?;
     let file = scratch.path().join("report.json");
-    let plan = Plan { bin, image, scratch: scratch.path().to_owned(), json: Some(file.clone()), all: false };
+    let plan = Plan { bin, image, scratch: scratch.path().to_owned(), json: Some(file.clone()) };
     let mut command = world::command(Role::Demo, &plan, &[])?;
     let status = command
         .stdin(Stdio::null())
@@ -69,6 +69,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         step(&format!("trying to leak: {}", attempt.name));
         made.push(attempt.make(&probe, number)?);
     }
+    let canary = leaks::CANARY.make(&probe, leaks::ATTEMPTS.len())?;
     let memory = Memory {
         guest_mib: MEMORY_MIB,
         kontord_kib: scene.home.kontord_pid().and_then(resident_kib).unwrap_or_default(),
@@ -78,6 +79,9 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
     drop(probe);
     scene.home.kontor(&["stop"])?;
     let recording = scene.close()?;
+    if !canary.sang(&recording) {
+        return Err(Error::Unexpected(format!("the recordings miss what they must show: {}", canary.said)));
+    }
     let leaks = made
         .into_iter()
         .map(|m| Leak { name: m.name.into(), stopped: m.stopped(&recording), by: m.said })

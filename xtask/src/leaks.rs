@@ -9,7 +9,7 @@ use crate::{
     probe::Probe,
     run::Result,
     scene::{PATIENCE, Recording},
-    world::{HOME_ADDRESS, LAN_NEIGHBOUR},
+    world::{HOME_ADDRESS, INTRANET_ADDRESS, LAN_NEIGHBOUR},
 };
 use kontor_wire::probe::End;
 
@@ -43,6 +43,10 @@ sub udp6 { my ($to, $port, $scope) = @_;
   send($s, $M x 4, 0, pack_sockaddr_in6($port, Socket::inet_pton(AF_INET6, $to), $scope // 0)) or failed('send');
   'sent into the tunnel, the gateway drops it' }
 ";
+
+/// Not an attempt: a marked packet to where policy lets it go. That it is recorded behind the gateway, and
+/// cannot be read on the employee's link, shows that the recordings would show a leak.
+pub(crate) const CANARY: Attempt = Attempt { name: "canary", script: "said(udp4($ENV{INTRANET}, 53))" };
 
 /// Every attempt.
 pub(crate) const ATTEMPTS: &[Attempt] = &[
@@ -86,7 +90,9 @@ said('interfaces', join(', ', @seen))",
     Attempt {
         name: "load-a-driver",
         script: r"open(my $f, '<', '/bin/true'); my $o = '';
-my $r = syscall(313, fileno($f), $o, 0); said('finit_module: ' . ($r == 0 ? 'LOADED' : $!))",
+my $r = syscall(313, fileno($f), $o, 0);
+# Whether loading is forbidden is asked before the file is read; any other error is an open door.
+said('finit_module: ' . ($r == -1 && $! == POSIX::EPERM() ? $! : 'ALLOWED, ' . $!))",
     },
     Attempt {
         name: "load-another-kernel",
@@ -142,8 +148,12 @@ impl Attempt {
     pub(crate) fn make(&self, probe: &Probe, number: usize) -> Result<Made> {
         let marker = format!("kontor-leak-{number:04}");
         let script = format!("{PRELUDE}\nuse IO::Handle;\n{}\n", self.script);
-        let variables =
-            [format!("MARKER={marker}"), format!("LAN={LAN_NEIGHBOUR}"), format!("HOME_PC={HOME_ADDRESS}")];
+        let variables = [
+            format!("MARKER={marker}"),
+            format!("LAN={LAN_NEIGHBOUR}"),
+            format!("HOME_PC={HOME_ADDRESS}"),
+            format!("INTRANET={INTRANET_ADDRESS}"),
+        ];
         let mut argv = vec!["/usr/bin/env"];
         argv.extend(variables.iter().map(String::as_str));
         argv.extend(["/usr/bin/perl", "-e", &script]);
@@ -158,6 +168,12 @@ impl Attempt {
 }
 
 impl Made {
+    /// For [`CANARY`]: whether it is seen where it has to be and nowhere else.
+    pub(crate) fn sang(&self, recording: &Recording) -> bool {
+        let marker = self.marker.as_bytes();
+        holds(&recording.office, marker) && !holds(&recording.link, marker)
+    }
+
     /// Whether nothing of it got out, and the attempt itself saw no door open. An attempt that did not
     /// run proves nothing, so it counts as not stopped.
     pub(crate) fn stopped(&self, recording: &Recording) -> bool {

@@ -20,6 +20,7 @@ struct Stage {
     scene: Option<Scene>,
     probe: Option<Probe>,
     made: Vec<leaks::Made>,
+    canary: Option<leaks::Made>,
 }
 
 type Shared = Arc<Mutex<Stage>>;
@@ -29,7 +30,8 @@ type Outcome = std::result::Result<(), Failed>;
 pub(crate) fn inside(plan: &Path, rest: Vec<String>) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
     let scene = Scene::open(&plan)?;
-    let shared = Arc::new(Mutex::new(Stage { scene: Some(scene), probe: None, made: Vec::new() }));
+    let shared =
+        Arc::new(Mutex::new(Stage { scene: Some(scene), probe: None, made: Vec::new(), canary: None }));
     let mut arguments = Arguments::from_iter(
         std::iter::once("suite".to_owned()).chain(rest.into_iter().skip_while(|a| a == "--")),
     );
@@ -66,6 +68,7 @@ fn trials(shared: &Shared) -> Vec<Trial> {
         trials.push(Trial::test(name, move || test(&mut lock(&shared))));
     };
     add("page_is_still_read_after_all_attempts", page_is_read);
+    add("canary_is_let_through", canary);
     add("work_vm_closes_when_asked_and_leaves_no_process", closes);
     add("changed_root_image_stops_the_work_vm", changed_root);
     add("work_vm_starts_again", starts);
@@ -120,6 +123,12 @@ fn large_file(stage: &mut Stage) -> Outcome {
         return Ok(());
     }
     Err(format!("of {LARGE_FILE_LEN} bytes with digest {expected} came {printed}").into())
+}
+
+fn canary(stage: &mut Stage) -> Outcome {
+    let made = leaks::CANARY.make(stage.probe()?, leaks::ATTEMPTS.len()).map_err(words)?;
+    stage.canary = Some(made);
+    Ok(())
 }
 
 fn sha256(path: &Path) -> Result<Vec<u8>> {
@@ -186,16 +195,30 @@ fn tampered_pieces(stage: &mut Stage) -> Outcome {
     Ok(())
 }
 
-/// A byte changed in the root image, which is verified as it is read: the work VM stops itself.
+/// Bytes changed in the root image, which is verified as it is read: the work VM stops itself, and
+/// the host says that it was dm-verity.
 fn changed_root(stage: &mut Stage) -> Outcome {
+    const BLOCK: u64 = 4096;
     let scene = stage.scene()?;
     let file = scene.home.slot_file("root.img").map_err(words)?;
-    flip(&file, 1030)?;
-    let output = scene.home.kontor(&["start", "--headless"]).map_err(words)?;
-    flip(&file, 1030)?;
-    if output.status.code() != Some(3) {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("changed root image: {} {said}", output.status).into());
+    let manifest = std::fs::read(scene.home.slot_file("manifest.json").map_err(words)?)?;
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
+    let blocks = manifest["image"]["verity"]["data_blocks"].as_u64().ok_or("no data blocks")?;
+    let cases: [(&str, Vec<u64>); 3] = [
+        ("its first block", vec![BLOCK / 2]),
+        ("its hash tree", vec![blocks * BLOCK + 100]),
+        // The file system's own structures stand at the beginning; what a program is read from, behind.
+        ("the data of its files", (blocks / 8..blocks).map(|block| block * BLOCK + 100).collect()),
+    ];
+    for (what, offsets) in cases {
+        offsets.iter().try_for_each(|offset| flip(&file, *offset))?;
+        let output = scene.home.kontor(&["start", "--headless"]).map_err(words)?;
+        offsets.iter().try_for_each(|offset| flip(&file, *offset))?;
+        let stop = scene.home.status().map_err(words)?["stop"].clone();
+        let verity = stop["detail"].as_str().is_some_and(|detail| detail.contains("dm-verity"));
+        if output.status.code() != Some(3) || stop["reason"] != "kernel-panic" || !verity {
+            return Err(format!("changed in {what}: {} {stop}", output.status).into());
+        }
     }
     Ok(())
 }
@@ -221,6 +244,9 @@ fn captures(stage: &mut Stage) -> Outcome {
     let tally = crate::capture::tally(&recording.link, crate::office::GATEWAY_PORT);
     if tally.tunnel_frames == 0 || tally.other_frames > 0 {
         return Err(format!("{tally:?}").into());
+    }
+    if !stage.canary.as_ref().is_some_and(|canary| canary.sang(&recording)) {
+        return Err("the recordings miss what they must show".into());
     }
     let leaked: Vec<&str> = stage.made.iter().filter(|m| !m.stopped(&recording)).map(|m| m.name).collect();
     if leaked.is_empty() { Ok(()) } else { Err(format!("captured: {leaked:?}").into()) }
