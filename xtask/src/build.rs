@@ -62,8 +62,9 @@ pub(crate) fn cache() -> Result<PathBuf> {
 
 /// Builds the programs; returns the directory they lie in.
 pub(crate) fn programs() -> Result<PathBuf> {
-    // The whole workspace, so that dependencies are built once, with the features that tests use too.
-    openly(cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
+    // The whole workspace, so that dependencies are built once, with the features that tests use too. All
+    // but this program: replacing the file of a running one leaves it without a name to start again by.
+    openly(cargo().args(["build", "--locked", "--workspace", "--exclude", "xtask", "--bins"]))?;
     Ok(root().join("target/debug"))
 }
 
