@@ -1,6 +1,7 @@
 //! What really went over a link, and what each packet is.
 
 use crate::{
+    office::{CONTROL_PORT, GATEWAY_PORT},
     run::{Error, Result},
     sys::{PacketRing, RETIRE_MS},
     world::{Host, OFFICE_ADDRESS, ROUTER_HARDWARE},
@@ -34,6 +35,8 @@ pub(crate) type Packet = Vec<u8>;
 pub(crate) struct Tally {
     /// WireGuard datagrams to the gateway.
     pub(crate) tunnel_frames: u64,
+    /// TCP to the office's control.
+    pub(crate) control_frames: u64,
     /// Everything else but what two directly joined hosts say to find each other (ARP).
     pub(crate) other_frames: u64,
     /// What the other frames were, a few of them.
@@ -103,11 +106,12 @@ fn record(mut ring: PacketRing, stop: &OwnedFd) -> io::Result<Vec<Packet>> {
 }
 
 /// Sorts the packets that left by the employee's link; those that came in are passed over.
-pub(crate) fn tally(packets: &[Packet], gateway_port: u16) -> Tally {
+pub(crate) fn tally(packets: &[Packet]) -> Tally {
     let mut tally = Tally::default();
     for packet in packets.iter().filter(|p| p.get(6..12) != Some(&ROUTER_HARDWARE[..])) {
-        match describe(packet, gateway_port) {
+        match describe(packet) {
             Seen::Tunnel => tally.tunnel_frames += 1,
+            Seen::Control => tally.control_frames += 1,
             Seen::Neighbours => {}
             Seen::Other(words) => {
                 tally.other_frames += 1;
@@ -122,6 +126,7 @@ pub(crate) fn tally(packets: &[Packet], gateway_port: u16) -> Tally {
 
 enum Seen {
     Tunnel,
+    Control,
     Neighbours,
     Other(String),
 }
@@ -129,7 +134,7 @@ enum Seen {
 /// What an Ethernet frame is. Two kinds are the host kernel's own doing, not the work VM's: the two ends
 /// of a veth pair ask for each other's hardware address (ARP, IPv6 neighbour discovery), and a datagram of
 /// the gateway's that comes when the relay has gone is answered by "port unreachable" (RFC 792).
-fn describe(packet: &[u8], gateway_port: u16) -> Seen {
+fn describe(packet: &[u8]) -> Seen {
     const IPV4: [u8; 2] = [0x08, 0x00];
     const IPV6: [u8; 2] = [0x86, 0xdd];
     const ARP: [u8; 2] = [0x08, 0x06];
@@ -137,6 +142,7 @@ fn describe(packet: &[u8], gateway_port: u16) -> Seen {
     /// Multicast listener discovery and neighbour discovery (RFC 2710, 4861, 9777).
     const NEIGHBOUR_MESSAGES: &[u8] = &[130, 131, 132, 133, 134, 135, 136, 137, 143];
     const ICMP: u8 = 1;
+    const TCP: u8 = 6;
     const UDP: u8 = 17;
     let ethertype = packet.get(12..14).unwrap_or_default();
     let ip = packet.get(14..).unwrap_or_default();
@@ -168,19 +174,21 @@ fn describe(packet: &[u8], gateway_port: u16) -> Seen {
     let wireguard =
         ip.get(header + 8..header + 12).is_some_and(|b| (1..=4).contains(&b[0]) && b[1..] == [0, 0, 0]);
     let office: Option<Ipv4Addr> = OFFICE_ADDRESS.parse().ok();
-    let to_gateway = Some(destination) == office && port(2) == gateway_port;
-    if ip.get(9) == Some(&UDP) && wireguard && to_gateway {
-        return Seen::Tunnel;
-    }
+    let to_office = Some(destination) == office;
     let quoted = ip.get(header + 8..).unwrap_or_default();
     let unreachable_port = ip.get(9) == Some(&ICMP) && ip.get(header..header + 2) == Some(&[3, 3]);
     let gateways_datagram = quoted.get(12..16) == ip.get(16..20)
         && quoted.get(9) == Some(&UDP)
-        && quoted.get(20..22) == Some(&gateway_port.to_be_bytes());
-    if unreachable_port && gateways_datagram && Some(destination) == office {
+        && quoted.get(20..22) == Some(&GATEWAY_PORT.to_be_bytes());
+    if unreachable_port && gateways_datagram && to_office {
         return Seen::Neighbours;
     }
     let protocol = ip.get(9).copied().unwrap_or_default();
+    match (protocol, port(2)) {
+        (UDP, GATEWAY_PORT) if to_office && wireguard => return Seen::Tunnel,
+        (TCP, CONTROL_PORT) if to_office => return Seen::Control,
+        _ => {}
+    }
     Seen::Other(format!(
         "IPv4 {source} -> {destination}, protocol {protocol}, ports {} -> {}",
         port(0),
@@ -197,11 +205,15 @@ pub(crate) fn holds(packets: &[Packet], marker: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const PORT: u16 = 51820;
+    const PORT: u16 = GATEWAY_PORT;
 
     fn udp(destination: [u8; 4], port: u16, payload: &[u8]) -> Packet {
+        ip(17, destination, port, payload)
+    }
+
+    fn ip(protocol: u8, destination: [u8; 4], port: u16, payload: &[u8]) -> Packet {
         let mut packet = vec![0; 12];
-        packet.extend([0x08, 0x00, 0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 44, 1, 2]);
+        packet.extend([0x08, 0x00, 0x45, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0, 10, 44, 1, 2]);
         packet.extend(destination);
         packet.extend([0x10, 0x00]);
         packet.extend(port.to_be_bytes());
@@ -219,15 +231,28 @@ mod tests {
             udp(office, 53, &[4, 0, 0, 0]),
             udp([10, 44, 1, 1], PORT, &[4, 0, 0, 0]),
         ];
-        let tally = tally(&packets, PORT);
-        assert_eq!((tally.tunnel_frames, tally.other_frames), (1, 3));
+        let tally = tally(&packets);
+        assert_eq!((tally.tunnel_frames, tally.control_frames, tally.other_frames), (1, 0, 3));
+    }
+
+    #[test]
+    fn only_tcp_to_controls_port_counts_as_control() {
+        let office = [203, 0, 113, 2];
+        let packets = [
+            ip(6, office, CONTROL_PORT, b"hello"),
+            ip(6, office, 80, b"hello"),
+            ip(6, [10, 44, 1, 1], CONTROL_PORT, b"hello"),
+            udp(office, CONTROL_PORT, b"hello"),
+        ];
+        let tally = tally(&packets);
+        assert_eq!((tally.tunnel_frames, tally.control_frames, tally.other_frames), (0, 1, 3));
     }
 
     #[test]
     fn what_comes_in_does_not_count_as_having_left() {
         let mut incoming = udp([10, 44, 1, 2], 9, b"hello");
         incoming[6..12].copy_from_slice(&ROUTER_HARDWARE);
-        assert_eq!(tally(&[incoming], PORT).other_frames, 0);
+        assert_eq!(tally(&[incoming]).other_frames, 0);
     }
 
     #[test]
@@ -241,8 +266,8 @@ mod tests {
             packet.extend(quoted_port.to_be_bytes());
             packet
         };
-        assert_eq!(tally(&[unreachable(PORT)], PORT).other_frames, 0);
-        assert_eq!(tally(&[unreachable(53)], PORT).other_frames, 1);
+        assert_eq!(tally(&[unreachable(GATEWAY_PORT)]).other_frames, 0);
+        assert_eq!(tally(&[unreachable(53)]).other_frames, 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::{
     build::{self, Plan},
     capture, leaks,
-    office::{GATEWAY_PORT, MEMORY_MIB, TITLE},
+    office::{MEMORY_MIB, TITLE},
     packages,
     report::{ImageSize, Leak, Memory, Page, Report, Step, Uplink},
     run::{Error, Result, at},
@@ -90,7 +90,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         page,
         boot: steps(&status),
         leaks,
-        uplink: Uplink { backend: "port".into(), tally: capture::tally(&recording.link, GATEWAY_PORT) },
+        uplink: Uplink { backend: "port".into(), tally: capture::tally(&recording.link) },
         image: image_size(&plan.image)?,
         memory,
         accel: status["accel"].as_str().unwrap_or("unknown").to_owned(),

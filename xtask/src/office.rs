@@ -1,7 +1,4 @@
-//! The office of demo and tests: keys and records, gateway, intranet, resolver.
-//!
-//! Control runs in the office's name on the employee's side only as long as it is a program that
-//! `kontord` calls; its files stand for the office's.
+//! The office of demo and tests: keys and records, control, gateway, intranet, resolver.
 
 use crate::{
     build::Plan,
@@ -17,6 +14,8 @@ use std::{
 
 /// The gateway's UDP port.
 pub(crate) const GATEWAY_PORT: u16 = 51820;
+/// Control's TCP port.
+pub(crate) const CONTROL_PORT: u16 = 443;
 /// The gateway's id in bundle and lease.
 const GATEWAY_ID: u8 = 1;
 /// The intranet's name.
@@ -37,6 +36,7 @@ pub(crate) const MEMORY_MIB: u64 = 128;
 pub(crate) struct Office {
     directory: PathBuf,
     bin: PathBuf,
+    control: Option<Child>,
     gateway: Option<Child>,
     servers: Vec<Child>,
     /// The tenant's id.
@@ -51,6 +51,7 @@ impl Office {
         let mut office = Self {
             directory,
             bin: plan.bin.clone(),
+            control: None,
             gateway: None,
             servers: Vec::new(),
             tenant: String::new(),
@@ -73,7 +74,7 @@ impl Office {
     }
 
     /// The directory that control answers from.
-    pub(crate) fn control_directory(&self) -> PathBuf {
+    fn control_directory(&self) -> PathBuf {
         self.path("control")
     }
 
@@ -90,7 +91,9 @@ impl Office {
         }
         let keys = self.path("keys");
         crate::build::copy(&keys.join("keysets"), &control.join("keysets"))?;
-        crate::build::copy(&keys.join("lease.key"), &control.join("lease.key"))?;
+        for key in ["lease.key", "control.key"] {
+            crate::build::copy(&keys.join(key), &control.join(key))?;
+        }
         let mut record = self.tool("kontorctl");
         record.args(["device", "record", "--device", DEVICE, "--line", LINE, "--serial", "1"]);
         record.args(["--host-key", host_key, "--keys"]).arg(&keys);
@@ -98,7 +101,7 @@ impl Office {
         self.sign_bundle(1, lease_s)?;
         let admission = self.path("gateway.sock");
         let config = format!(
-            "lease_s = {lease_s}\n\n[[gateway]]\nid = {GATEWAY_ID}\nadmission = {admission:?}\n\
+            "listen = [\"{OFFICE_ADDRESS}:{CONTROL_PORT}\"]\nlease_s = {lease_s}\n\n[[gateway]]\nid = {GATEWAY_ID}\nadmission = {admission:?}\n\
              pool_v4 = \"10.77.0.0/16\"\npool_v6 = \"fd77::/64\"\n"
         );
         write(&control.join("control.toml"), config.as_bytes())
@@ -244,18 +247,36 @@ keyset = {keyset:?}
 
     /// Kills the gateway, as a crash would.
     pub(crate) fn kill_gateway(&mut self) -> Result<()> {
-        let Some(mut gateway) = self.gateway.take() else { return Ok(()) };
-        gateway
-            .kill()
-            .and_then(|()| gateway.wait())
-            .map_err(|source| Error::Start("kill the gateway".into(), source))?;
+        kill(&mut self.gateway, "the gateway")
+    }
+
+    /// Starts control and waits until it says that it is ready.
+    pub(crate) fn start_control(&mut self) -> Result<()> {
+        let mut command = Host::Office.command(self.bin.join("kontor-control"));
+        command.args(["serve", "--dir"]).arg(self.control_directory());
+        let (child, _) = await_line(&mut command, &self.path("control.log"), "ready")?;
+        self.control = Some(child);
         Ok(())
     }
+
+    /// Kills control, as a crash would.
+    pub(crate) fn kill_control(&mut self) -> Result<()> {
+        kill(&mut self.control, "control")
+    }
+}
+
+fn kill(child: &mut Option<Child>, name: &str) -> Result<()> {
+    let Some(mut child) = child.take() else { return Ok(()) };
+    child
+        .kill()
+        .and_then(|()| child.wait())
+        .map_err(|source| Error::Start(format!("kill {name}"), source))?;
+    Ok(())
 }
 
 impl Drop for Office {
     fn drop(&mut self) {
-        for child in self.servers.iter_mut().chain(&mut self.gateway) {
+        for child in self.servers.iter_mut().chain(&mut self.control).chain(&mut self.gateway) {
             let _ = child.kill();
             let _ = child.wait();
         }

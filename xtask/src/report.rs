@@ -86,9 +86,11 @@ impl Report {
         for Leak { name, stopped, by } in &self.leaks {
             line(format_args!("  {} {name}: {by}", if *stopped { "stopped" } else { "LEAKED " }));
         }
-        let Tally { tunnel_frames, other_frames, others } = &self.uplink.tally;
+        let Tally { tunnel_frames, control_frames, other_frames, others } = &self.uplink.tally;
         line(format_args!("\nWhat left the employee's PC, by capture on its link"));
-        line(format_args!("  {tunnel_frames} packets of the tunnel, {other_frames} others"));
+        line(format_args!(
+            "  {tunnel_frames} packets of the tunnel, {control_frames} to control, {other_frames} others"
+        ));
         for other in others {
             line(format_args!("  other: {other}"));
         }

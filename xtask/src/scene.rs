@@ -51,6 +51,7 @@ impl Scene {
         home.provision(&office, &release)?;
         office.open()?;
         office.start_gateway()?;
+        office.start_control()?;
         let link = Capture::start(Host::Home, Some(HOME_LINK))?;
         let inside = Capture::start(Host::Office, None)?;
         home.start_kontord()?;

@@ -51,6 +51,7 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     add("page_is_read_through_the_tunnel", page_is_read);
     add("large_file_arrives_whole", large_file);
     add("page_is_not_read_while_the_gateway_is_down_and_is_again_after", gateway_restart);
+    add("page_is_read_while_control_is_down", control_restart);
     for (number, attempt) in leaks::ATTEMPTS.iter().enumerate() {
         let shared = shared.clone();
         trials.push(Trial::test(format!("leak_{}", attempt.name.replace('-', "_")), move || {
@@ -164,6 +165,14 @@ fn gateway_restart(stage: &mut Stage) -> Outcome {
     Ok(())
 }
 
+/// Control is needed for a lease, not for a packet.
+fn control_restart(stage: &mut Stage) -> Outcome {
+    stage.scene()?.office.kill_control().map_err(words)?;
+    let read = page_is_read(stage);
+    stage.scene()?.office.start_control().map_err(words)?;
+    read
+}
+
 fn closes(stage: &mut Stage) -> Outcome {
     stage.probe = None;
     let output = stage.scene()?.home.kontor(&["stop"]).map_err(words)?;
@@ -241,8 +250,8 @@ fn captures(stage: &mut Stage) -> Outcome {
     stage.probe = None;
     let Some(scene) = stage.scene.take() else { return Err("the scene is closed".into()) };
     let recording = scene.close().map_err(words)?;
-    let tally = crate::capture::tally(&recording.link, crate::office::GATEWAY_PORT);
-    if tally.tunnel_frames == 0 || tally.other_frames > 0 {
+    let tally = crate::capture::tally(&recording.link);
+    if tally.tunnel_frames == 0 || tally.control_frames == 0 || tally.other_frames > 0 {
         return Err(format!("{tally:?}").into());
     }
     if !stage.canary.as_ref().is_some_and(|canary| canary.sang(&recording)) {

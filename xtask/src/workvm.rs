@@ -2,10 +2,10 @@
 
 use crate::{
     build::Plan,
-    office::{DEVICE, Office, await_line, write},
+    office::{CONTROL_PORT, DEVICE, Office, await_line, write},
     probe::Probe,
     run::{Error, Result, at, quietly, text},
-    world::Host,
+    world::{Host, OFFICE_ADDRESS},
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -34,14 +34,12 @@ impl HomePc {
 socket = {socket:?}
 tenant = "{tenant}"
 device = "{DEVICE}"
-office_command = [{control:?}, "answer", "--dir", {directory:?}]
+office = "{OFFICE_ADDRESS}:{CONTROL_PORT}"
 probe_socket = {probe:?}
 "#,
             state = home.path("state"),
             socket = home.path("kontord.sock"),
             tenant = office.tenant,
-            control = home.bin.join("kontor-control"),
-            directory = office.control_directory(),
             probe = home.path("probe.sock"),
         );
         write(&home.path("kontord.toml"), config.as_bytes())?;

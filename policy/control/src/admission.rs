@@ -12,12 +12,15 @@ use crate::config::GatewayConfig;
 use kontor_bundle::lease::Admit;
 use serde::{Deserialize, Serialize};
 use std::{
-    io::{self, BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
+    io,
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
-    thread,
-    time::{Duration, Instant},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
+    time::{Instant, timeout_at},
 };
 
 /// Most bytes of an admission's line.
@@ -57,7 +60,10 @@ enum FromGateway {
 
 /// Tells each of `gateways` and waits at most [`WAIT`] for all of them together. The answers come in the
 /// order of `gateways`.
-pub(crate) fn tell(admit: &Admit, gateways: &[&GatewayConfig]) -> Vec<(u8, Result<(), AdmissionError>)> {
+pub(crate) async fn tell(
+    admit: &Admit,
+    gateways: &[&GatewayConfig],
+) -> Vec<(u8, Result<(), AdmissionError>)> {
     let line = match line(admit) {
         Ok(line) => Arc::new(line),
         Err(bytes) => {
@@ -68,24 +74,22 @@ pub(crate) fn tell(admit: &Admit, gateways: &[&GatewayConfig]) -> Vec<(u8, Resul
         }
     };
     let until = Instant::now() + WAIT;
-    // One thread and one channel each: a gateway whose socket blocks holds up nobody, and its thread ends
-    // with the process.
     let asked: Vec<_> = gateways
         .iter()
         .map(|gateway| {
             let (line, path) = (Arc::clone(&line), gateway.admission.clone());
-            let (sender, receiver) = mpsc::channel();
-            thread::spawn(move || sender.send(ask(&path, &line)));
-            (gateway.id, receiver)
+            let told = async move { timeout_at(until, ask(&path, &line)).await };
+            (gateway.id, tokio::spawn(told))
         })
         .collect();
-    asked
-        .into_iter()
-        .map(|(id, receiver)| {
-            let left = until.saturating_duration_since(Instant::now());
-            (id, receiver.recv_timeout(left).unwrap_or(Err(AdmissionError::Late)))
-        })
-        .collect()
+    let mut answers = Vec::new();
+    for (id, told) in asked {
+        // A task that panicked has given no answer either.
+        let told =
+            told.await.map_or(Err(AdmissionError::Late), |told| told.unwrap_or(Err(AdmissionError::Late)));
+        answers.push((id, told));
+    }
+    answers
 }
 
 /// The line, or its length if that is too much.
@@ -95,15 +99,16 @@ fn line(admit: &Admit) -> Result<Vec<u8>, usize> {
     if line.len() > MAX_ADMIT { Err(line.len()) } else { Ok(line) }
 }
 
-fn ask(path: &Path, line: &[u8]) -> Result<(), AdmissionError> {
-    let speak = || {
-        let mut stream = UnixStream::connect(path)?;
-        stream.write_all(line)?;
+async fn ask(path: &Path, line: &[u8]) -> Result<(), AdmissionError> {
+    let speak = async {
+        let mut stream = UnixStream::connect(path).await?;
+        stream.write_all(line).await?;
         let mut answer = Vec::new();
-        BufReader::new(stream).take(MAX_ANSWER).read_until(b'\n', &mut answer)?;
+        BufReader::new(stream).take(MAX_ANSWER).read_until(b'\n', &mut answer).await?;
         Ok(answer)
     };
-    let answer = speak().map_err(|source| AdmissionError::Speak { path: path.to_owned(), source })?;
+    let answer =
+        speak.await.map_err(|source: io::Error| AdmissionError::Speak { path: path.to_owned(), source })?;
     match serde_json::from_slice(&answer).map_err(AdmissionError::Answer)? {
         FromGateway::Admitted(true) => Ok(()),
         FromGateway::Admitted(false) => Err(AdmissionError::Refused(String::new())),
@@ -138,7 +143,7 @@ mod tests {
     }
 
     /// What is made of an answer of these bytes.
-    fn answered(answer: Vec<u8>) -> Result<(), AdmissionError> {
+    async fn answered(answer: Vec<u8>) -> Result<(), AdmissionError> {
         let directory = tempfile::TempDir::new().expect("a directory");
         let path = directory.path().join("gateway.sock");
         let listener = UnixListener::bind(&path).expect("a new socket");
@@ -148,27 +153,33 @@ mod tests {
             // Control may have hung up in the middle of it.
             let _ = stream.write_all(&answer);
         });
-        let answer = ask(&path, b"{}\n");
+        let answer = ask(&path, b"{}\n").await;
         gateway.join().expect("no panic");
         answer
     }
 
-    #[test]
-    fn answer_is_one_line_of_at_most_4_kib() {
+    #[tokio::test]
+    async fn answer_is_one_line_of_at_most_4_kib() {
         let refusal = |length: usize| {
             let words = "x".repeat(length - "{\"refused\":\"\"}\n".len());
             format!("{{\"refused\":\"{words}\"}}\n").into_bytes()
         };
         let most = usize::try_from(MAX_ANSWER).unwrap();
-        assert!(matches!(answered(refusal(most)), Err(AdmissionError::Refused(_))));
-        assert!(matches!(answered(refusal(most + 2)), Err(AdmissionError::Answer(_))));
-        assert!(answered(b"{\"admitted\":true}\n".to_vec()).is_ok());
-        assert!(answered(b"{\"admitted\":true}".to_vec()).is_ok(), "the end of the stream ends a line too");
+        assert!(matches!(answered(refusal(most)).await, Err(AdmissionError::Refused(_))));
+        assert!(matches!(answered(refusal(most + 2)).await, Err(AdmissionError::Answer(_))));
+        assert!(answered(b"{\"admitted\":true}\n".to_vec()).await.is_ok());
+        assert!(
+            answered(b"{\"admitted\":true}".to_vec()).await.is_ok(),
+            "the end of the stream ends a line too"
+        );
     }
 
-    #[test]
-    fn answer_that_is_none_admits_nothing() {
-        assert!(matches!(answered(b"{\"admitted\":false}\n".to_vec()), Err(AdmissionError::Refused(_))));
+    #[tokio::test]
+    async fn answer_that_is_none_admits_nothing() {
+        assert!(matches!(
+            answered(b"{\"admitted\":false}\n".to_vec()).await,
+            Err(AdmissionError::Refused(_))
+        ));
         for wrong in [
             &b""[..],
             b"\n",
@@ -178,7 +189,7 @@ mod tests {
             b"{\"admitted\":true,\"x\":1}\n",
             b"\xff\n",
         ] {
-            assert!(matches!(answered(wrong.to_vec()), Err(AdmissionError::Answer(_))), "{wrong:?}");
+            assert!(matches!(answered(wrong.to_vec()).await, Err(AdmissionError::Answer(_))), "{wrong:?}");
         }
     }
 }

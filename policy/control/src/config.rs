@@ -5,12 +5,17 @@ use kontor_bundle::{MAX_GATEWAYS, MAX_LIFE_S};
 use kontor_control::Pool;
 use kontor_trust::Digest;
 use serde::Deserialize;
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
+
+/// Most addresses that are listened on.
+const MAX_LISTEN: usize = 8;
 
 /// What IT configures.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Config {
+    /// Where hosts reach control.
+    pub(crate) listen: Vec<SocketAddr>,
     /// Life of a lease in seconds, unless a bundle allows less.
     pub(crate) lease_s: u64,
     /// The tenant that the first keyset must found; whatever it founds, when absent.
@@ -39,6 +44,8 @@ pub(crate) struct GatewayConfig {
 pub(crate) enum ConfigError {
     #[error("it does not parse")]
     Parse(#[source] toml::de::Error),
+    #[error("listen has {0} addresses, it must have 1 to {MAX_LISTEN}")]
+    Listen(usize),
     #[error("lease_s is {0}, it must be 1 to {MAX_LIFE_S}")]
     Life(u64),
     #[error("it has {0} gateways, it must have 1 to {MAX_GATEWAYS}")]
@@ -50,6 +57,9 @@ pub(crate) enum ConfigError {
 impl Config {
     pub(crate) fn parse(text: &str) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(ConfigError::Parse)?;
+        if !(1..=MAX_LISTEN).contains(&config.listen.len()) {
+            return Err(ConfigError::Listen(config.listen.len()));
+        }
         if !(1..=MAX_LIFE_S).contains(&config.lease_s) {
             return Err(ConfigError::Life(config.lease_s));
         }
@@ -72,16 +82,28 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
-    use super::{Config, ConfigError, MAX_GATEWAYS, MAX_LIFE_S};
+    use super::{Config, ConfigError, MAX_GATEWAYS, MAX_LIFE_S, MAX_LISTEN};
 
     fn config(lease_s: u64, gateways: impl IntoIterator<Item = usize>) -> Result<Config, ConfigError> {
-        let mut text = format!("lease_s = {lease_s}\n");
+        let mut text = format!("listen = [\"[::]:443\"]\nlease_s = {lease_s}\n");
         for id in gateways {
             text += &format!(
                 "[[gateway]]\nid = {id}\nadmission = \"/g\"\npool_v4 = \"10.0.0.0/8\"\npool_v6 = \"fd00::/64\"\n"
             );
         }
         Config::parse(&text)
+    }
+
+    #[test]
+    fn there_are_1_to_8_addresses_to_listen_on() {
+        let listening = |count| {
+            let gateway = "[[gateway]]\nid = 1\nadmission = \"/g\"\npool_v4 = \"10.0.0.0/8\"\npool_v6 = \"fd00::/64\"\n";
+            let listen = vec!["\"[::]:443\""; count].join(",");
+            Config::parse(&format!("listen = [{listen}]\nlease_s = 60\n{gateway}"))
+        };
+        assert!(listening(MAX_LISTEN).is_ok());
+        assert!(matches!(listening(MAX_LISTEN + 1), Err(ConfigError::Listen(9))));
+        assert!(matches!(listening(0), Err(ConfigError::Listen(0))));
     }
 
     #[test]

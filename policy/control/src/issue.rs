@@ -10,8 +10,8 @@ use kontor_bundle::{
 };
 use kontor_trust::{
     BundleKind, Device, DeviceKind, DeviceState, DocumentError, EnvelopeError, Kind, Lease, LeaseGateway,
-    LeaseKind, Request, RequestKind, RoleKind, SecretKey, StateMode, TrustedKeyset, Verified, sign,
-    verify_request,
+    LeaseKind, PublicKey, Request, RequestKind, RoleKind, SecretKey, StateMode, TrustedKeyset, Verified,
+    sign, verify_request,
 };
 
 /// Most gateways that a lease is issued for: a primary and a spare.
@@ -43,6 +43,9 @@ pub enum Refusal {
     /// The device is revoked.
     #[error("the device is revoked")]
     Revoked,
+    /// The connection is another's.
+    #[error("the connection is not made with the device's host key")]
+    OtherPeer,
     /// The request is not signed by the device's host key.
     #[error("the request is not signed by the device's host key")]
     Signature(#[source] EnvelopeError),
@@ -90,6 +93,9 @@ pub enum Refusal {
     /// There is no bundle for the device's line.
     #[error("the office has no policy for this device's line yet")]
     NoBundle,
+    /// More requests than a device may make.
+    #[error("the device asks too often: again in {0} s")]
+    TooOften(u64),
     /// A pool of addresses is full.
     #[error("the office has no free address for this device")]
     NoAddress,
@@ -119,6 +125,9 @@ pub enum OfficeFault {
     /// None of the gateways that the bundle has is configured.
     #[error("no gateway of the bundle is configured here")]
     NoGateway,
+    /// The lease key at hand is none that the keyset names.
+    #[error("the lease key is none of the keyset's role lease")]
+    LeaseKey,
     /// The clock is behind what was issued already.
     #[error("the clock is more than {CLOCK_BACK_S_MAX} s behind the device's last lease: set it")]
     Clock,
@@ -166,16 +175,21 @@ impl Identified {
 }
 
 impl Office<'_> {
-    /// Finds out who asks. `device_record` is what is stored for the device that the request claims to be
-    /// from ([`untrusted_device`](kontor_trust::untrusted_device)).
+    /// Finds out who asks. `peer` is the key that the other end of the connection proved, `device_record`
+    /// what is stored for the device that the request claims to be from
+    /// ([`untrusted_device`](kontor_trust::untrusted_device)).
     ///
     /// # Errors
     /// [`IssueError`] says why not, and whose fault it is.
-    pub fn identify(&self, untrusted_request: &[u8], device_record: &[u8]) -> Result<Identified, IssueError> {
-        let verified_device = self.stored::<DeviceKind>(device_record)?;
-        let device = Device::parse(&verified_device).map_err(OfficeFault::Device)?;
-        if device.tenant != self.keyset.tenant() {
-            return Err(OfficeFault::Misplaced(DeviceKind::NAME).into());
+    pub fn identify(
+        &self,
+        peer: &PublicKey,
+        untrusted_request: &[u8],
+        device_record: &[u8],
+    ) -> Result<Identified, IssueError> {
+        let (verified_device, device) = self.device(device_record)?;
+        if device.host_key != *peer {
+            return Err(Refusal::OtherPeer.into());
         }
         let verified_request =
             verify_request(untrusted_request, &device.host_key).map_err(Refusal::Signature)?;
@@ -217,9 +231,8 @@ impl Office<'_> {
         if let Some(last) = last.filter(|last| request.seq <= *last) {
             return Err(Refusal::Replayed { found: request.seq, last }.into());
         }
-        let verified_bundle = self.stored::<BundleKind>(bundle)?;
-        let bundle = Bundle::parse(&verified_bundle).map_err(OfficeFault::Bundle)?;
-        if bundle.tenant != self.keyset.tenant() || bundle.line != device.line {
+        let (verified_bundle, bundle) = self.bundle(bundle)?;
+        if bundle.line != device.line {
             return Err(OfficeFault::Misplaced(BundleKind::NAME).into());
         }
         let gateways = self.assign(device, &bundle, memory)?;
@@ -228,6 +241,42 @@ impl Office<'_> {
         let issued = self.seal(who, &verified_bundle, lease)?;
         memory.past.note(&device.device, Boot { boot_key: request.boot_key, seq: request.seq }, issued_at);
         Ok(issued)
+    }
+
+    /// Checks a stored device record, whichever device it is of.
+    ///
+    /// # Errors
+    /// [`OfficeFault`].
+    pub fn device(&self, envelope: &[u8]) -> Result<(Verified<DeviceKind>, Device), OfficeFault> {
+        let verified = self.stored::<DeviceKind>(envelope)?;
+        let device = Device::parse(&verified).map_err(OfficeFault::Device)?;
+        if device.tenant != self.keyset.tenant() {
+            return Err(OfficeFault::Misplaced(DeviceKind::NAME));
+        }
+        Ok((verified, device))
+    }
+
+    /// Checks a stored bundle, whichever line it is for.
+    ///
+    /// # Errors
+    /// [`OfficeFault`].
+    pub fn bundle(&self, envelope: &[u8]) -> Result<(Verified<BundleKind>, Bundle), OfficeFault> {
+        let verified = self.stored::<BundleKind>(envelope)?;
+        let bundle = Bundle::parse(&verified).map_err(OfficeFault::Bundle)?;
+        if bundle.tenant != self.keyset.tenant() {
+            return Err(OfficeFault::Misplaced(BundleKind::NAME));
+        }
+        Ok((verified, bundle))
+    }
+
+    /// Whether leases signed with the key at hand will be believed.
+    ///
+    /// # Errors
+    /// [`OfficeFault::LeaseKey`].
+    pub fn check_lease_key(&self) -> Result<(), OfficeFault> {
+        let own = self.lease_key.public();
+        let named = self.keyset.keyset().roles.lease.keys.iter().any(|member| member.key == own);
+        if named { Ok(()) } else { Err(OfficeFault::LeaseKey) }
     }
 
     fn stored<K: RoleKind>(&self, envelope: &[u8]) -> Result<Verified<K>, OfficeFault> {

@@ -2,8 +2,8 @@
 //! envelopes, the time and a memory go in; a lease, or a refusal for the host, comes out.
 //!
 //! ```text
-//! request ─► Office::identify ─► Identified ─► issue(bundle, memory, now) ─► Issued{parts, admit}
-//!            device record        (its line)                               │
+//! request ─► Office::identify ─► Identified ─► Rates ─► issue(bundle, memory, now) ─► Issued{parts, admit}
+//! TLS key    device record        (its line)                                      │
 //!                                                             checked as the host will check it
 //! ```
 //!
@@ -15,10 +15,12 @@
 mod addresses;
 mod issue;
 mod memory;
+mod rates;
 
 pub use addresses::{Addresses, Pool};
 pub use issue::{Identified, IssueError, Issued, MAX_NAMED_GATEWAYS, Office, OfficeFault, Refusal};
 pub use memory::{BOOTS_KEPT, Boot, CLOCK_BACK_S_MAX, Memory, Past};
+pub use rates::{BURST, INTERVAL, Rates};
 
 #[cfg(test)]
 mod tests;

@@ -1,21 +1,26 @@
-//! `kontor-control`: answers a boot's request for a lease from a directory of files.
+//! `kontor-control`: answers boots' requests for leases over HTTPS, from a directory of files.
 //!
 //! ```text
-//! DIR/control.toml            lease_s, [[gateway]] id, admission, pool_v4, pool_v6; tenant (optional pin)
+//! DIR/control.toml            listen, lease_s, [[gateway]] id, admission, pool_v4, pool_v6; tenant (optional pin)
 //! DIR/keysets/00000001.json   the keysets, from the first to the newest
 //! DIR/devices/DEVICE.json     the device records
 //! DIR/bundles/LINE.json       each line's newest bundle
-//! DIR/lease.key               control's key of the lease role, PKCS#8, for the owner only
+//! DIR/lease.key               control's key of the lease role   } PKCS#8,
+//! DIR/control.key             the key that hosts know it by     } for the owner only
 //! DIR/addresses.json          device → index in the pools          } written here,
 //! DIR/answered.json           device → its last boots and lease    } under DIR/lock
 //! ```
 //!
-//! Trusted is who can write in DIR. The request on standard input is not.
+//! Trusted is who can write in DIR. Records and bundles may be added and replaced there while control
+//! runs; each answer reads what it needs. Not trusted is everybody who connects: what is known of them is
+//! the key that they proved.
 #![forbid(unsafe_code)]
 
 mod admission;
 mod answer;
 mod config;
+mod hall;
+mod serve;
 mod store;
 
 use clap::{Parser, Subcommand};
@@ -26,8 +31,8 @@ use tracing_subscriber::EnvFilter;
 #[derive(Parser)]
 #[command(
     version,
-    after_help = "Exit codes: 0 answered, 1 bug, 2 usage, 3 a stored file does not verify, \
-                                 4 a file is missing or cannot be used, 5 standard output was closed."
+    after_help = "Exit codes: 0 ended by a signal, 1 bug, 2 usage, 3 a stored file does not verify, \
+                                 4 a file or an address is missing or cannot be used."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -36,9 +41,9 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Read one request from standard input, issue a lease, tell the gateways, and write the answer as one
-    /// line of JSON. A refusal is an answer too.
-    Answer {
+    /// Answer requests until a signal ends it: check them, issue leases, tell the gateways. Says on standard
+    /// error when it is ready.
+    Serve {
         /// Directory of the office's files.
         #[arg(long, value_name = "DIR")]
         dir: PathBuf,
@@ -51,7 +56,6 @@ enum Exit {
     Bug = 1,
     NotVerified = 3,
     Lacks = 4,
-    Unreachable = 5,
 }
 
 fn main() -> ExitCode {
@@ -61,9 +65,9 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .without_time()
         .init();
-    let Verb::Answer { dir } = Arguments::parse().verb;
+    let Verb::Serve { dir } = Arguments::parse().verb;
     // A panic has printed itself by then; only its exit code is ours to choose.
-    match catch_unwind(|| answer::run(&dir)) {
+    match catch_unwind(|| serve::run(&dir)) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             tracing::error!("{}", chain(&error));

@@ -1,11 +1,14 @@
 //! The directory of files that control answers from.
 
 use crate::config::{Config, ConfigError};
-use kontor_control::Memory;
-use kontor_trust::{DeviceId, KeyError, KeysetError, Line, MAX_ENVELOPE, SecretKey, TrustedKeyset};
+use kontor_control::{Memory, Office, OfficeFault};
+use kontor_trust::{
+    BundleKind, DeviceId, DeviceKind, KeyError, KeysetError, Kind, Line, MAX_ENVELOPE, SecretKey,
+    TrustedKeyset,
+};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Read, Write},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -14,6 +17,8 @@ use zeroize::Zeroizing;
 
 /// Most keysets that are followed at a start.
 pub(crate) const MAX_CHAIN: usize = 4096;
+/// Most device records, and most bundles.
+const MAX_DOCUMENTS: usize = 65_536;
 /// Most bytes of the configuration.
 const MAX_CONFIG: usize = 64 * 1024;
 /// Most bytes of the key that are looked at; a key has 83.
@@ -58,6 +63,12 @@ pub(crate) enum StoreError {
     Keyset { path: PathBuf, source: KeysetError },
     #[error("{path} holds more than {MAX_CHAIN} keysets")]
     LongChain { path: PathBuf },
+    #[error("{path} holds more than {MAX_DOCUMENTS} files")]
+    Full { path: PathBuf },
+    #[error("{path} is not named after a device or line, with .json at the end")]
+    Name { path: PathBuf },
+    #[error("{path} does not verify")]
+    Document { path: PathBuf, source: OfficeFault },
 }
 
 impl Store {
@@ -117,8 +128,56 @@ impl Store {
         present(read(&self.dir.join("bundles").join(format!("{line}.json")), MAX_ENVELOPE))
     }
 
+    /// The key that signs leases.
     pub(crate) fn lease_key(&self) -> Result<SecretKey, StoreError> {
-        let path = self.dir.join("lease.key");
+        self.key("lease.key")
+    }
+
+    /// The key that hosts know control by.
+    pub(crate) fn tls_key(&self) -> Result<SecretKey, StoreError> {
+        self.key("control.key")
+    }
+
+    /// Checks every device record and bundle, so that a bad one is known before a host asks for it.
+    pub(crate) fn check_documents(&self, office: &Office<'_>) -> Result<(), StoreError> {
+        self.check_each("devices", |envelope, name| {
+            let (_, device) = office.device(envelope)?;
+            if device.device.as_str() == name {
+                Ok(())
+            } else {
+                Err(OfficeFault::Misplaced(DeviceKind::NAME))
+            }
+        })?;
+        self.check_each("bundles", |envelope, name| {
+            let (_, bundle) = office.bundle(envelope)?;
+            if bundle.line.as_str() == name { Ok(()) } else { Err(OfficeFault::Misplaced(BundleKind::NAME)) }
+        })
+    }
+
+    fn check_each(
+        &self,
+        directory: &str,
+        check: impl Fn(&[u8], &str) -> Result<(), OfficeFault>,
+    ) -> Result<(), StoreError> {
+        let directory = self.dir.join(directory);
+        let failed = |source| StoreError::Read { path: directory.clone(), source };
+        for (number, entry) in fs::read_dir(&directory).map_err(failed)?.enumerate() {
+            let path = entry.map_err(failed)?.path();
+            if number >= MAX_DOCUMENTS {
+                return Err(StoreError::Full { path: directory });
+            }
+            let name = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".json"));
+            let Some(name) = name else { return Err(StoreError::Name { path }) };
+            let envelope = read(&path, MAX_ENVELOPE)?;
+            if let Err(source) = check(&envelope, name) {
+                return Err(StoreError::Document { path, source });
+            }
+        }
+        Ok(())
+    }
+
+    fn key(&self, name: &str) -> Result<SecretKey, StoreError> {
+        let path = self.dir.join(name);
         let failed = |source| StoreError::Read { path: path.clone(), source };
         let file = File::open(&path).map_err(failed)?;
         if file.metadata().map_err(failed)?.permissions().mode() & OTHERS != 0 {

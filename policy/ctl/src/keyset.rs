@@ -64,7 +64,8 @@ pub(crate) struct Init {
     /// How many of their persons must sign.
     #[arg(long, value_name = "K", default_value_t = 1)]
     enrol_threshold: u8,
-    /// SHA-256 of a public key (SubjectPublicKeyInfo) that control's TLS may use.
+    /// SHA-256 of a further public key (SubjectPublicKeyInfo) that control's TLS may use, besides the one
+    /// that is made.
     #[arg(long, value_name = "HEX")]
     control_spki: Vec<Digest>,
 }
@@ -112,7 +113,11 @@ impl Init {
             enrol: role("enrol", self.enrol_keys, self.enrol_threshold)?,
             lease: role(LEASE, 1, 1)?,
         };
-        let keyset = Keyset { tenant: None, version: 1, root, roles, control_spki: self.control_spki };
+        // No role: nothing is signed with it, hosts know control by it.
+        let control = SecretKey::generate().map_err(InitError::Key)?;
+        let control_spki = std::iter::once(control.public().pin()).chain(self.control_spki).collect();
+        keys.push((CONTROL.to_owned(), control));
+        let keyset = Keyset { tenant: None, version: 1, root, roles, control_spki };
         keyset.check().map_err(InitError::Fault)?;
         let signers: Vec<&SecretKey> = keys.iter().take(roots).map(|(_, key)| key).collect();
         let envelope = sign::<KeysetKind>(&keyset.payload(), &signers);
@@ -154,7 +159,9 @@ impl Init {
 
 /// The role whose one key control holds.
 const LEASE: &str = "lease";
-const _: () = assert!(5 * MAX_MEMBERS < MAX_KEY_FILES, "a new directory must be readable");
+/// Control's key for TLS.
+const CONTROL: &str = "control";
+const _: () = assert!(5 * MAX_MEMBERS + 2 <= MAX_KEY_FILES, "a new directory must be readable");
 
 fn keys() -> clap::builder::RangedI64ValueParser<u8> {
     clap::value_parser!(u8).range(1..=MAX_MEMBERS as i64)

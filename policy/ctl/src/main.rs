@@ -4,7 +4,7 @@
 //! DIR/id                      the tenant, 64 hexadecimal digits          }
 //! DIR/keysets/00000001.json   the keysets, from the first to the newest  } what --keys names
 //! DIR/root-1.key …            PKCS#8, for the owner only                 }
-//! DIR/lease.key               to be moved to control                     }
+//! DIR/lease.key control.key   to be moved to control                     }
 //! ```
 //!
 //! Trusted is who can write in DIR; `--tenant` pins what it must be about. Whatever is signed here is

@@ -144,9 +144,9 @@ fn init_founds_a_tenant() {
     let keyset = desk.keyset();
     assert_eq!((keyset.keyset().root.threshold, keyset.keyset().root.keys.len()), (2, 3));
     assert_eq!(keyset.keyset().roles.lease.keys[0].key, desk.key("lease").public());
-    for name in
-        ["root-1", "root-2", "root-3", "policy-1", "command-1", "destroy-1", "destroy-2", "enrol-1", "lease"]
-    {
+    assert_eq!(keyset.keyset().control_spki, [desk.key("control").public().pin()]);
+    let names = "root-1 root-2 root-3 policy-1 command-1 destroy-1 destroy-2 enrol-1 lease control";
+    for name in names.split(' ') {
         assert_eq!(mode(&desk.path(&format!("keys/{name}.key"))), 0o600, "{name}");
     }
     assert_eq!(mode(&desk.path("keys")), 0o700);
@@ -160,6 +160,11 @@ fn init_takes_numbers_and_refuses_what_makes_no_keyset() {
     assert_eq!((keyset.keyset().root.threshold, keyset.keyset().root.keys.len()), (3, 5));
     assert_eq!(keyset.keyset().roles.policy.threshold, 2);
     desk.done("keyset init --out many --root-keys 32 --root-threshold 32");
+    let pin = Digest([7; 32]);
+    desk.done(&format!("keyset init --out pinned --control-spki {pin}"));
+    let printed = desk.done("keyset inspect pinned/keysets/00000001.json");
+    assert_eq!(printed.matches("control  ").count(), 2);
+    assert!(printed.contains(&format!("control  {pin}")), "{printed}");
     desk.fails("keyset init --out none --root-keys 33", USAGE, "33");
     desk.fails("keyset init --out none --root-keys 0", USAGE, "0");
     desk.fails("keyset init --out none --root-threshold 4", USAGE, "role root needs 4 of 3 persons");

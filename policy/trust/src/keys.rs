@@ -15,6 +15,11 @@ use zeroize::Zeroizing;
 /// Bytes of a signature.
 pub(crate) const SIGNATURE_BYTES: usize = 64;
 
+/// Bytes of a `SubjectPublicKeyInfo`.
+pub const SPKI_BYTES: usize = SPKI_HEAD.len() + 32;
+/// The DER before the 32 bytes of the key: SEQUENCE { SEQUENCE { OID 1.3.101.112 }, BIT STRING }.
+const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+
 /// An Ed25519 public key; 64 lower-case hexadecimal digits in text.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -30,6 +35,28 @@ impl PublicKey {
     #[must_use]
     pub fn id(&self) -> Digest {
         Digest::of(&self.0)
+    }
+
+    /// The key as X.509 and TLS write it (`SubjectPublicKeyInfo`, RFC 8410).
+    #[must_use]
+    pub fn spki(&self) -> [u8; SPKI_BYTES] {
+        let mut der = [0; SPKI_BYTES];
+        let (head, key) = der.split_at_mut(SPKI_HEAD.len());
+        head.copy_from_slice(&SPKI_HEAD);
+        key.copy_from_slice(&self.0);
+        der
+    }
+
+    /// Reads what [`spki`](Self::spki) writes; `None` for anything else.
+    #[must_use]
+    pub fn from_spki(der: &[u8]) -> Option<Self> {
+        der.strip_prefix(&SPKI_HEAD)?.try_into().ok().map(Self)
+    }
+
+    /// What a keyset pins control's TLS key by: the SHA-256 of its [`spki`](Self::spki).
+    #[must_use]
+    pub fn pin(&self) -> Digest {
+        Digest::of(&self.spki())
     }
 
     /// Whether `signature` over `message` is by this key.

@@ -31,7 +31,7 @@ pub use documents::{
     StateMode, untrusted_device, verify_request,
 };
 pub use dsse::{EnvelopeError, MAX_ENVELOPE, MAX_SIGNATURES, sign};
-pub use keys::{KeyError, PublicKey, PublicKeyError, SecretKey};
+pub use keys::{KeyError, PublicKey, PublicKeyError, SPKI_BYTES, SecretKey};
 pub use keyset::{
     Keyset, KeysetError, KeysetFault, MAX_CONTROL_SPKI, MAX_MEMBERS, Member, Role, Roles, TrustedKeyset,
 };

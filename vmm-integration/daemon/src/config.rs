@@ -5,7 +5,7 @@
 //! socket = "/run/kontor/kontord.sock"
 //! tenant = "64 hexadecimal digits"
 //! device = "laptop-7"
-//! office_command = ["/usr/bin/kontor-control", "answer", "--dir", "/srv/control"]
+//! office = "control.example.com:443"       # a name is resolved by this PC; an IPv6 address is in brackets
 //! owner = 1000                             # uid of the employee; without it kontord's own
 //! qemu = "qemu-system-x86_64"
 //! kvm = "/dev/kvm"
@@ -16,7 +16,7 @@
 //! tap = "/tmp/uplink.tap"                  # all bytes between QEMU and relay
 //! ```
 
-use crate::host::KVM;
+use crate::{host::KVM, office::OfficeAddress};
 use kontor_trust::{DeviceId, Digest};
 use serde::Deserialize;
 use std::{
@@ -39,8 +39,8 @@ pub struct Config {
     pub tenant: Digest,
     /// The device.
     pub device: DeviceId,
-    /// Program and arguments that answer one request for a lease.
-    pub office_command: Vec<String>,
+    /// Where control answers requests for leases.
+    pub office: OfficeAddress,
     /// uid that may use the socket; kontord's own when absent.
     pub owner: Option<u32>,
     /// The emulator: a path, or a name that is looked up.
@@ -81,9 +81,6 @@ pub enum ConfigError {
         #[source]
         source: Box<toml::de::Error>,
     },
-    /// No command to ask for a lease.
-    #[error("office_command in the configuration {0} names no program")]
-    NoOffice(PathBuf),
     /// The relay's place cannot be derived.
     #[error("find kontord's own program, to look for the relay beside it")]
     OwnProgram(#[source] io::Error),
@@ -100,12 +97,8 @@ impl Config {
             return Err(ConfigError::TooLong(path.into()));
         }
         let text = fs::read_to_string(path).map_err(failed)?;
-        let config: Self = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
-        if config.office_command.is_empty() {
-            return Err(ConfigError::NoOffice(path.into()));
-        }
-        Ok(config)
+        toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })
     }
 
     /// The relay's program.
@@ -144,7 +137,7 @@ mod tests {
 
     fn minimal() -> String {
         format!(
-            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\noffice_command = ['true']\n",
+            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\noffice = 'control.example:443'\n",
             Digest([7; 32])
         )
     }
@@ -163,9 +156,11 @@ mod tests {
     }
 
     #[test]
-    fn empty_office_command_is_refused() {
-        let text = minimal().replace("['true']", "[]");
-        assert!(matches!(read(&text), Err(ConfigError::NoOffice(_))));
+    fn office_that_is_no_address_is_refused() {
+        for wrong in ["control.example", "control.example:", ":443", "a b:443", "control.example:70000"] {
+            let text = minimal().replace("control.example:443", wrong);
+            assert!(matches!(read(&text), Err(ConfigError::Parse { .. })), "{wrong}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::{
     exit::{Exit, chain},
     host::Accelerator,
     lease::Asker,
-    office::CommandOffice,
+    office::HttpsOffice,
     qemu,
     session::Times,
     slots::{self, SlotError},
@@ -239,7 +239,7 @@ impl Daemon {
         }
         let asker = Asker {
             store: self.store.clone(),
-            office: CommandOffice::new(self.config.office_command.clone()),
+            office: HttpsOffice::new(self.config.office.clone(), self.store.clone()),
             release: plan.ready.manifest.image.release.clone(),
         };
         Ok(vm::run(plan, asker, started, commands, status).await?)

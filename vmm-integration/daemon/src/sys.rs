@@ -23,18 +23,10 @@ pub(crate) struct Limits {
     pub(crate) address_space: u64,
 }
 
-/// Lets the child die with this process, and gives it no descriptor but the three standard ones. The
-/// signal is tied to the *thread* that starts the child, so children are started by the main thread only,
-/// which is what the one-threaded runtime does.
-pub(crate) fn die_with_parent(command: &mut Command) {
-    let parent = getpid();
-    // SAFETY: between fork and exec, the closure makes system calls on numbers that it owns; it takes no
-    // lock and allocates nothing.
-    unsafe { command.pre_exec(move || tie(parent).and_then(|()| keep_below(3))) };
-}
-
-/// Additionally takes from the child what it has no use for: privileges by exec, core files, writing
-/// to any file, and what is above its limits. It keeps the descriptors below `first_closed`.
+/// Lets the child die with this process, and takes from it what it has no use for: privileges by exec,
+/// core files, writing to any file, and what is above its limits. It keeps the descriptors below
+/// `first_closed`. The signal of death is tied to the *thread* that starts the child, so children are
+/// started by the main thread only, which is what the one-threaded runtime does.
 pub(crate) fn confine(command: &mut Command, first_closed: RawFd, limits: Limits) {
     let parent = getpid();
     let confine = move || {

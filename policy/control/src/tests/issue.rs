@@ -166,6 +166,18 @@ fn request_not_signed_by_the_host_is_refused() {
 }
 
 #[test]
+fn connection_that_is_not_made_with_the_host_key_is_refused() {
+    let town = Town::new();
+    let untrusted = town.signed(&request(town.tenant()));
+    let record = sign::<DeviceKind>(&town.device.payload(), &[&town.enrol]);
+    assert!(town.office().identify(&town.host.public(), &untrusted, &record).is_ok());
+    for peer in [key().public(), town.lease.public(), town.enrol.public()] {
+        let error = town.office().identify(&peer, &untrusted, &record).err().unwrap();
+        assert!(matches!(error, IssueError::Refused(Refusal::OtherPeer)), "{error:?}");
+    }
+}
+
+#[test]
 fn tampered_byte_of_the_request_is_refused() {
     let town = Town::new();
     let mut envelope = town.signed(&request(town.tenant()));
@@ -253,10 +265,13 @@ fn stored_device_record_is_checked() {
     let town = Town::new();
     let untrusted = town.signed(&request(town.tenant()));
     let forged = sign::<DeviceKind>(&town.device.payload(), &[&town.lease]);
-    let found = fault(town.office().identify(&untrusted, &forged));
+    let found = fault(town.office().identify(&town.host.public(), &untrusted, &forged));
     assert!(matches!(found, OfficeFault::Envelope { kind: "device", .. }), "{found:?}");
     let malformed = sign::<DeviceKind>(b"{}", &[&town.enrol]);
-    assert!(matches!(fault(town.office().identify(&untrusted, &malformed)), OfficeFault::Device(_)));
+    assert!(matches!(
+        fault(town.office().identify(&town.host.public(), &untrusted, &malformed)),
+        OfficeFault::Device(_)
+    ));
 
     let mut town = Town::new();
     town.device.tenant = Digest([1; 32]);

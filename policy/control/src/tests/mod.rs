@@ -138,7 +138,7 @@ impl Town {
 
     pub(super) fn identify(&self, untrusted: &[u8]) -> Result<Identified, IssueError> {
         let record = sign::<DeviceKind>(&self.device.payload(), &[&self.enrol]);
-        self.office().identify(untrusted, &record)
+        self.office().identify(&self.host.public(), untrusted, &record)
     }
 
     /// The answer to `request`, signed by the host.

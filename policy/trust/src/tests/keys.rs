@@ -1,5 +1,5 @@
 use super::key;
-use crate::{DeviceId, Digest, KeyError, MAX_NAME, Person, PublicKey, SecretKey, hex32};
+use crate::{DeviceId, Digest, KeyError, MAX_NAME, Person, PublicKey, SPKI_BYTES, SecretKey, hex32};
 
 #[test]
 fn signature_of_rfc_8032_is_good() {
@@ -80,4 +80,23 @@ fn name_that_would_leave_its_directory_is_refused() {
 fn person_may_be_an_address() {
     assert!("anna.b+root_1@hanse-co.example".parse::<Person>().is_ok());
     assert!("Anna".parse::<Person>().is_err());
+}
+
+#[test]
+fn key_is_read_back_from_what_tls_shows() {
+    // RFC 8410, 10.1.
+    let der = "302a300506032b657003210019bf44096984cdfe8541bac167dc3b96c85086aa30b6b6cb0c5c38ad703166e1";
+    let der = hex::decode(der).unwrap();
+    let key = PublicKey::from_spki(&der).unwrap();
+    assert_eq!(key.spki(), der[..]);
+    assert_eq!(key.pin(), Digest::of(&der));
+    for length in 0..SPKI_BYTES {
+        assert_eq!(PublicKey::from_spki(&der[..length]), None);
+    }
+    assert_eq!(PublicKey::from_spki(&[&der[..], &[0]].concat()), None);
+    for at in 0..12 {
+        let mut other = der.clone();
+        other[at] ^= 1;
+        assert_eq!(PublicKey::from_spki(&other), None, "byte {at}");
+    }
 }

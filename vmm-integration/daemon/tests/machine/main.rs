@@ -1,8 +1,10 @@
-//! `kontord` and `kontor` as processes, with a QEMU, a relay's program and an office that this same
-//! executable plays. See `stub.rs` for what the guests do and `world.rs` for the PC.
+//! `kontord` and `kontor` as processes, with a QEMU and a relay's program that this same executable plays,
+//! and an office in it. See `stub.rs` for what the guests do and `world.rs` for the PC.
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "../https/mod.rs"]
+mod https;
 mod stub;
 #[expect(dead_code, reason = "other tests use more of it")]
 #[path = "../tenant/mod.rs"]
@@ -12,7 +14,7 @@ mod world;
 use kontor_daemon::{
     daemon::plan,
     lease::Asker,
-    office::CommandOffice,
+    office::HttpsOffice,
     session::Times,
     status::{State, Status},
     store::Store,
@@ -45,7 +47,6 @@ fn main() -> ExitCode {
     match arguments.first().map(String::as_str) {
         Some("-nodefaults") => stub::qemu(arguments),
         Some("--uplink") => stub::relay(&arguments),
-        Some("office") => stub::office(Path::new(&arguments[1])),
         _ => {}
     }
     macro_rules! trials {
@@ -271,7 +272,7 @@ fn hurried(scenario: &'static str, divisor: u32) -> Status {
     let store = Store::open(&config.state, config.tenant, config.device.clone()).unwrap();
     let mut plan = plan(&config, &store, kontor_daemon::host::Accelerator::Tcg).unwrap();
     plan.times = Times::new(kontor_daemon::host::Accelerator::Kvm).divided_by(divisor);
-    let office = CommandOffice::new(config.office_command.clone());
+    let office = HttpsOffice::new(config.office.clone(), store.clone());
     let asker = Asker { store, office, release: "smoke-1".into() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -315,7 +316,7 @@ fn office_that_refuses_is_quoted() {
 
 fn office_that_does_not_work_is_unreachable() {
     let (world, ran) = run_with(&Setup { mode: "broken", ..Setup::new("ready") });
-    ended(&ran, 5, "the office command failed (exit status: 1 no lease key)");
+    ended(&ran, 5, "the office answers with HTTP status 500 Internal Server Error");
     assert_eq!(stopped(&world), ("no-lease".into(), false));
 }
 

@@ -1,7 +1,10 @@
 //! The programs that kontord starts, played by this test's own executable: a QEMU whose guest does what
-//! its kernel's command line says (`stub=…`), the relay, and an office.
+//! its kernel's command line says (`stub=…`), and the relay. And what an office answers.
 
-use crate::tenant::{GATEWAY, Tenant};
+use crate::{
+    https,
+    tenant::{GATEWAY, Tenant},
+};
 use command_fds::inherited::take_fd_ownership;
 use kontor_relay::{End, Limits, Relay, Wires};
 use kontor_wire::{
@@ -58,28 +61,21 @@ pub(crate) fn relay(arguments: &[String]) -> ! {
     }
 }
 
-/// An office whose papers lie in `dir`; the file `mode` there says how it answers.
-pub(crate) fn office(dir: &Path) -> ! {
-    let mut request = Vec::new();
-    io::stdin().read_to_end(&mut request).unwrap();
+/// The answer of an office whose papers lie in `dir`; the file `mode` there says how it answers.
+pub(crate) fn office(dir: &Path, request: &[u8]) -> Vec<u8> {
     let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
     let tenant = Tenant::read(dir);
     let lease = |bend: fn(&mut kontor_trust::Lease)| {
-        let parts = tenant.lease(&request, &read("device.json"), &read("bundle.json"), bend);
-        serde_json::json!({ "lease": parts }).to_string()
+        let parts = tenant.lease(request, &read("device.json"), &read("bundle.json"), bend);
+        https::response("200 OK", serde_json::json!({ "lease": parts }).to_string().as_bytes())
     };
-    let answer = match String::from_utf8(read("mode")).unwrap().as_str() {
+    match String::from_utf8(read("mode")).unwrap().as_str() {
         "lease" => lease(|_| {}),
         "bent" => lease(|lease| lease.nonce[0] ^= 1),
-        "refused" => r#"{"refused":"the device is revoked"}"#.to_owned(),
-        "broken" => {
-            eprintln!("no lease key");
-            exit(1)
-        }
+        "refused" => https::response("200 OK", br#"{"refused":"the device is revoked"}"#),
+        "broken" => https::response("500 Internal Server Error", b""),
         other => panic!("no mode {other}"),
-    };
-    io::stdout().write_all(format!("{answer}\n").as_bytes()).unwrap();
-    exit(0)
+    }
 }
 
 /// The virtual machine.

@@ -2,12 +2,14 @@
 //! sends every datagram back.
 
 use crate::{
-    stub::ROOT,
+    https,
+    stub::{self, ROOT},
     tenant::{Tenant, device_id},
 };
 use command_fds::{CommandFdExt, FdMapping};
 use kontor_bundle::Bundle;
 use kontor_release::{CommandLine, Digest, FORMAT, Image, Manifest, Piece, Verity};
+use kontor_trust::SecretKey;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process},
@@ -147,9 +149,12 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let tenant = Tenant::new();
         let (path, own) = (dir.path().to_str().unwrap(), own_program());
+        let papers = dir.path().join("office");
+        let key = SecretKey::from_pkcs8(tenant.control.to_pkcs8()).unwrap();
+        let office = https::serve(key, move |_, request| stub::office(&papers, request));
         let config = format!(
             "state = '{path}/state'\nsocket = '{path}/kontord.sock'\ntenant = '{}'\ndevice = '{}'\n\
-             qemu = '{own}'\nkvm = '/no/kvm'\nrelay = '{own}'\noffice_command = ['{own}', 'office', '{path}/office']\n{}",
+             qemu = '{own}'\nkvm = '/no/kvm'\nrelay = '{own}'\noffice = '{office}'\n{}",
             tenant.id,
             device_id(),
             setup.config.replace("DIR", path),

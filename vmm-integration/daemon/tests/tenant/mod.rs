@@ -14,11 +14,16 @@ pub(crate) const NOW: u64 = 1_800_000_000;
 /// The gateway's number.
 pub(crate) const GATEWAY: u8 = 7;
 
+/// The files of the keys.
+const KEYS: [&str; 5] = ["root", "policy", "enrol", "lease", "control"];
+
 pub(crate) struct Tenant {
     root: SecretKey,
     policy: SecretKey,
     enrol: SecretKey,
     lease: SecretKey,
+    /// What control shows on the network.
+    pub(crate) control: SecretKey,
     pub(crate) id: Digest,
     /// Envelopes, version 1 first.
     pub(crate) keysets: Vec<Vec<u8>>,
@@ -38,10 +43,10 @@ pub(crate) fn device_id() -> DeviceId {
 
 impl Tenant {
     pub(crate) fn new() -> Self {
-        Self::of([key(), key(), key(), key()])
+        Self::of([key(), key(), key(), key(), key()])
     }
 
-    fn of([root, policy, enrol, lease]: [SecretKey; 4]) -> Self {
+    fn of([root, policy, enrol, lease, control]: [SecretKey; 5]) -> Self {
         let keyset = Keyset {
             tenant: None,
             version: 1,
@@ -53,27 +58,23 @@ impl Tenant {
                 enrol: one("emil", &enrol),
                 lease: one("control", &lease),
             },
-            control_spki: Vec::new(),
+            control_spki: vec![control.public().pin()],
         };
         let payload = keyset.payload();
         let keysets = vec![sign::<KeysetKind>(&payload, &[&root])];
-        Self { root, policy, enrol, lease, id: Digest::of(&payload), keysets }
+        Self { root, policy, enrol, lease, control, id: Digest::of(&payload), keysets }
     }
 
     /// Writes the keys down, for [`Tenant::read`] in another process.
     pub(crate) fn write(&self, dir: &Path) {
-        for (name, key) in
-            [("root", &self.root), ("policy", &self.policy), ("enrol", &self.enrol), ("lease", &self.lease)]
-        {
+        let keys = [&self.root, &self.policy, &self.enrol, &self.lease, &self.control];
+        for (name, key) in KEYS.into_iter().zip(keys) {
             fs::write(dir.join(name), key.to_pkcs8()).unwrap();
         }
     }
 
     pub(crate) fn read(dir: &Path) -> Self {
-        Self::of(
-            ["root", "policy", "enrol", "lease"]
-                .map(|name| SecretKey::from_pkcs8(&fs::read(dir.join(name)).unwrap()).unwrap()),
-        )
+        Self::of(KEYS.map(|name| SecretKey::from_pkcs8(&fs::read(dir.join(name)).unwrap()).unwrap()))
     }
 
     pub(crate) fn newest(&self) -> TrustedKeyset {
@@ -82,9 +83,15 @@ impl Tenant {
 
     /// Makes the next keyset, with nothing else changed.
     pub(crate) fn advance(&mut self) {
+        self.advance_with(|_| {});
+    }
+
+    /// Makes the next keyset.
+    pub(crate) fn advance_with(&mut self, bend: impl FnOnce(&mut Keyset)) {
         let mut keyset = self.newest().keyset().clone();
         keyset.tenant = Some(self.id);
         keyset.version += 1;
+        bend(&mut keyset);
         self.keysets.push(sign::<KeysetKind>(&keyset.payload(), &[&self.root]));
     }
 
