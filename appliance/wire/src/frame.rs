@@ -72,7 +72,8 @@ impl Decoder {
             return Err(FrameError::TooLong { announced, limit: self.limit });
         }
         let Some(body) = self.buffer.get(PREFIX_LEN..PREFIX_LEN + announced) else { return Ok(None) };
-        let (message, rest) = postcard::take_from_bytes(body).map_err(|_| FrameError::Malformed(announced))?;
+        let (message, rest) =
+            postcard::take_from_bytes(body).map_err(|_| FrameError::Malformed(announced))?;
         if !rest.is_empty() {
             return Err(FrameError::Malformed(announced));
         }

@@ -83,7 +83,9 @@ impl StopReason {
     pub fn words(self) -> &'static str {
         match self {
             Self::Requested => "The work VM was closed.",
-            Self::BadCommandLine => "The installed release and this version of Kontor do not fit; install an update.",
+            Self::BadCommandLine => {
+                "The installed release and this version of Kontor do not fit; install an update."
+            }
             Self::NoModule => "The installed release lacks a part of its kernel; ask IT for another release.",
             Self::NoDisk => "The work VM found no disk; start it again, and tell IT if it stays so.",
             Self::RootCorrupt => "The installed release is damaged and was not used; install it again.",
@@ -96,10 +98,14 @@ impl StopReason {
             Self::BadLease => "The office's answer did not verify, so it was not used; tell IT.",
             Self::NoTunnel => "The office's gateway did not answer; check your network and start again.",
             Self::Stale => "The office has newer rules than the ones offered; start again.",
-            Self::LeaseExpired => "The office could not be reached to stay connected; check your network and start again.",
+            Self::LeaseExpired => {
+                "The office could not be reached to stay connected; check your network and start again."
+            }
             Self::ProcessDied => "A part of the work VM failed; start it again.",
             Self::Internal => "The work VM failed; start it again, and tell IT if it stays so.",
-            Self::KernelPanic => "The work VM's system stopped itself, as it does when its disk is changed; tell IT.",
+            Self::KernelPanic => {
+                "The work VM's system stopped itself, as it does when its disk is changed; tell IT."
+            }
             Self::Vanished => "The work VM ended without a word; start it again.",
             Self::Garbage => "The work VM broke the rules of its channel and was stopped; tell IT.",
             Self::Silent => "The work VM did not answer any more and was stopped; start it again.",
