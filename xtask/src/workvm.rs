@@ -36,6 +36,7 @@ tenant = "{tenant}"
 device = "{DEVICE}"
 office_command = [{control:?}, "answer", "--dir", {directory:?}]
 probe_socket = {probe:?}
+uplink = "{uplink}"
 "#,
             state = home.path("state"),
             socket = home.path("kontord.sock"),
@@ -43,6 +44,7 @@ probe_socket = {probe:?}
             control = home.bin.join("kontor-control"),
             directory = office.control_directory(),
             probe = home.path("probe.sock"),
+            uplink = plan.uplink.name(),
         );
         write(&home.path("kontord.toml"), config.as_bytes())?;
         let key = quietly(&mut home.kontord("host-key"))?;

@@ -48,7 +48,9 @@ impl CommandLine {
             let unknown = || CommandLineError::Unknown(word.chars().take(160).collect());
             let (name, value) = word.split_once('=').ok_or_else(unknown)?;
             match name {
-                "kontor.verity" => once(&mut verity, parse_verity(value).ok_or_else(unknown)?, "kontor.verity")?,
+                "kontor.verity" => {
+                    once(&mut verity, parse_verity(value).ok_or_else(unknown)?, "kontor.verity")?
+                }
                 "kontor.built" => {
                     once(&mut built_at, value.parse().map_err(|_| unknown())?, "kontor.built")?;
                 }
@@ -68,7 +70,12 @@ impl CommandLine {
 impl fmt::Display for CommandLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Verity { root_hash, salt, data_blocks } = &self.verity;
-        write!(f, "kontor.verity={root_hash},{},{data_blocks} kontor.built={}", hex::encode(salt), self.built_at)?;
+        write!(
+            f,
+            "kontor.verity={root_hash},{},{data_blocks} kontor.built={}",
+            hex::encode(salt),
+            self.built_at
+        )?;
         if self.test { f.write_str(" kontor.test=1") } else { Ok(()) }
     }
 }

@@ -318,6 +318,7 @@ pub fn plan(config: &Config, store: &Store, kvm: &Path) -> Result<Plan, StartErr
         cpus,
         memory_mib: settings.memory_mib,
         cmdline: ready.manifest.image.cmdline.clone(),
+        uplink: config.uplink,
         probe: ready.manifest.image.test,
     };
     Ok(Plan {
