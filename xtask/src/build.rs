@@ -15,10 +15,30 @@ pub(crate) struct Plan {
     pub(crate) bin: PathBuf,
     /// An unsigned image, as `kontor-image build` wrote it.
     pub(crate) image: PathBuf,
+    /// Which device the work VM's uplink is.
+    pub(crate) uplink: Backend,
     /// Scratch for this run alone; removed at its end.
     pub(crate) scratch: PathBuf,
     /// The demo's JSON report goes here.
     pub(crate) json: Option<PathBuf>,
+}
+
+/// Which device the work VM's uplink is, as kontord's configuration names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub(crate) enum Backend {
+    Port,
+    Vfio,
+}
+
+impl Backend {
+    pub(crate) const ALL: [Self; 2] = [Self::Port, Self::Vfio];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Port => "port",
+            Self::Vfio => "vfio",
+        }
+    }
 }
 
 impl Plan {

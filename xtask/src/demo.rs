@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: an office and a work VM on this machine, and a report of what happened.
 
 use crate::{
-    build::{self, Plan},
+    build::{self, Backend, Plan},
     capture, leaks,
     office::{MEMORY_MIB, TITLE},
     packages,
@@ -19,13 +19,13 @@ use std::{
 };
 
 /// Outside: builds, then runs [`inside`].
-pub(crate) fn run(json: Option<&Path>) -> Result<ExitCode> {
+pub(crate) fn run(json: Option<&Path>, uplink: Backend) -> Result<ExitCode> {
     packages::ensure()?;
     let bin = build::programs()?;
     let image = build::image(&bin)?;
     let scratch = world::scratch()?;
     let file = scratch.path().join("report.json");
-    let plan = Plan { bin, image, scratch: scratch.path().to_owned(), json: Some(file.clone()) };
+    let plan = Plan { bin, image, uplink, scratch: scratch.path().to_owned(), json: Some(file.clone()) };
     let mut command = world::command(Role::Demo, &plan, &[])?;
     let status = command
         .stdin(Stdio::null())
@@ -90,7 +90,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         page,
         boot: steps(&status),
         leaks,
-        uplink: Uplink { backend: "port".into(), tally: capture::tally(&recording.link) },
+        uplink: Uplink { backend: plan.uplink.name().into(), tally: capture::tally(&recording.link) },
         image: image_size(&plan.image)?,
         memory,
         accel: status["accel"].as_str().unwrap_or("unknown").to_owned(),

@@ -117,6 +117,14 @@ my %n; $n{$_}++ for @seen; said(map { qq($n{$_} devices: $_) } sort keys %n)",
 my %n; $n{$_}++ for @seen; said(map { qq($n{$_} regions: $_) } sort keys %n)",
     },
     Attempt {
+        name: "take-the-uplink-device",
+        script: r"my @seen; my @d = grep { !m{/vfio$} } glob '/dev/vfio/*';
+for my $n (glob '/sys/class/virtio-ports/*/name') { open(my $f, '<', $n); my $name = <$f>;
+  push @d, '/dev/' . (split m{/}, $n)[4] if $name =~ /uplink/ }
+for my $d (@d) { push @seen, qq($d: ) . (sysopen(my $f, $d, POSIX::O_RDWR()) ? 'OPENED' : $!) }
+said(@seen ? join(', ', @seen) : 'FOUND none at all')",
+    },
+    Attempt {
         name: "io-ports",
         script: r"my $r = syscall(172, 3); said('iopl: ' . ($r == 0 ? 'ALLOWED' : $!))",
     },

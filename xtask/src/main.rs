@@ -41,12 +41,18 @@ enum Task {
         /// Run only the stages whose name holds this.
         #[arg(long)]
         only: Option<String>,
+        /// Try only work VMs whose uplink is this device, not one of each.
+        #[arg(long, value_enum)]
+        uplink: Option<build::Backend>,
     },
     /// Build what is missing, start an office and a work VM on this machine, and report what happened.
     Demo {
         /// Write the report as JSON to this file (`-`: standard output).
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
+        /// Which device the work VM's uplink is.
+        #[arg(long, value_enum, default_value = "port")]
+        uplink: build::Backend,
     },
     /// What runs inside the outer namespaces.
     #[command(hide = true)]
@@ -63,8 +69,8 @@ enum Task {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().task {
-        Task::Test { all, only } => test::run(all, only.as_deref()),
-        Task::Demo { json } => demo::run(json.as_deref()),
+        Task::Test { all, only, uplink } => test::run(all, only.as_deref(), uplink),
+        Task::Demo { json, uplink } => demo::run(json.as_deref(), uplink),
         Task::Inside { role: world::Role::Demo, plan, .. } => demo::inside(&plan),
         Task::Inside { role: world::Role::Suite, plan, rest } => suite::inside(&plan, rest),
     };

@@ -1,7 +1,7 @@
 //! The tests that need a real work VM: one machine for all that can share it.
 
 use crate::{
-    build::Plan,
+    build::{Backend, Plan},
     leaks,
     office::{INTRANET_NAME, LARGE_FILE, LARGE_FILE_LEN, TITLE},
     probe::Probe,
@@ -21,6 +21,7 @@ struct Stage {
     probe: Option<Probe>,
     made: Vec<leaks::Made>,
     canary: Option<leaks::Made>,
+    uplink: Backend,
 }
 
 type Shared = Arc<Mutex<Stage>>;
@@ -30,8 +31,9 @@ type Outcome = std::result::Result<(), Failed>;
 pub(crate) fn inside(plan: &Path, rest: Vec<String>) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
     let scene = Scene::open(&plan)?;
-    let shared =
-        Arc::new(Mutex::new(Stage { scene: Some(scene), probe: None, made: Vec::new(), canary: None }));
+    let stage =
+        Stage { scene: Some(scene), probe: None, made: Vec::new(), canary: None, uplink: plan.uplink };
+    let shared = Arc::new(Mutex::new(stage));
     let mut arguments = Arguments::from_iter(
         std::iter::once("suite".to_owned()).chain(rest.into_iter().skip_while(|a| a == "--")),
     );
@@ -48,6 +50,7 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     };
     add("tampered_pieces_are_refused_and_named", tampered_pieces);
     add("work_vm_starts_and_reaches_its_session", starts);
+    add("uplink_is_the_device_asked_for_and_the_other_is_not_there", uplink_device);
     add("page_is_read_through_the_tunnel", page_is_read);
     add("large_file_arrives_whole", large_file);
     add("page_is_not_read_while_the_gateway_is_down_and_is_again_after", gateway_restart);
@@ -107,6 +110,22 @@ fn starts(stage: &mut Stage) -> Outcome {
         return Ok(());
     }
     Err(format!("status says {status}").into())
+}
+
+fn uplink_device(stage: &mut Stage) -> Outcome {
+    const LOOK: &str = "cat /sys/class/virtio-ports/*/name; cat /sys/bus/pci/drivers/vfio-pci/0*/device; \
+        ls /sys/kernel/iommu_groups; ls /sys/class/net";
+    let seen = stage.probe()?.must(0, &["/bin/sh", "-c", &format!("{{ {LOOK}; }} 2>/dev/null")], PATIENCE);
+    let seen = seen.map_err(words)?;
+    let has = |word: &str| seen.lines().any(|line| line == word);
+    // The network device of virtio 1; IOMMU groups are numbered from 0.
+    let vfio = (has("0x1041"), has("0"));
+    let right = match stage.uplink {
+        Backend::Port => has("kontor.uplink") && vfio == (false, false),
+        Backend::Vfio => !has("kontor.uplink") && vfio == (true, true),
+    };
+    let interfaces = seen.lines().rev().take(2).collect::<Vec<_>>();
+    if right && interfaces == ["lo", "kontor0"] { Ok(()) } else { Err(format!("seen: {seen}").into()) }
 }
 
 fn page_is_read(stage: &mut Stage) -> Outcome {

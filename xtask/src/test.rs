@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every stage, its time, and the counts as the last line.
 
 use crate::{
-    build::{self, Plan},
+    build::{self, Backend, Plan},
     packages,
     run::{self, Error, Result},
     world,
@@ -25,6 +25,8 @@ struct Counts {
 #[derive(Default)]
 struct Context {
     all: bool,
+    /// The only one, where not each is tried.
+    uplink: Option<Backend>,
     bin: Option<PathBuf>,
     image: Option<PathBuf>,
 }
@@ -44,8 +46,8 @@ const STAGES: &[Stage] = &[
 ];
 
 /// Runs the stages whose name holds `only`, all of them without.
-pub(crate) fn run(all: bool, only: Option<&str>) -> Result<ExitCode> {
-    let mut context = Context { all, ..Context::default() };
+pub(crate) fn run(all: bool, only: Option<&str>, uplink: Option<Backend>) -> Result<ExitCode> {
+    let mut context = Context { all, uplink, ..Context::default() };
     let mut total = Counts::default();
     let mut times = Vec::new();
     let chosen: Vec<&Stage> =
@@ -162,11 +164,23 @@ fn image(context: &mut Context) -> Result<Counts> {
     Ok(Counts::one())
 }
 
+/// The suite, in one work VM for each uplink.
 fn vm(context: &mut Context) -> Result<Counts> {
-    let scratch = world::scratch()?;
-    let plan =
-        Plan { bin: context.bin()?, image: context.image()?, scratch: scratch.path().to_owned(), json: None };
-    counted(&mut world::command(world::Role::Suite, &plan, &[])?)
+    let mut counts = Counts::default();
+    let only = context.uplink;
+    for uplink in Backend::ALL.into_iter().filter(|each| only.is_none_or(|only| only == *each)) {
+        eprintln!("   uplink {}", uplink.name());
+        let scratch = world::scratch()?;
+        let plan = Plan {
+            bin: context.bin()?,
+            image: context.image()?,
+            uplink,
+            scratch: scratch.path().to_owned(),
+            json: None,
+        };
+        counts.add(counted(&mut world::command(world::Role::Suite, &plan, &[])?)?);
+    }
+    Ok(counts)
 }
 
 fn demo(context: &mut Context) -> Result<Counts> {

@@ -36,11 +36,13 @@ tenant = "{tenant}"
 device = "{DEVICE}"
 office = "{OFFICE_ADDRESS}:{CONTROL_PORT}"
 probe_socket = {probe:?}
+uplink = "{uplink}"
 "#,
             state = home.path("state"),
             socket = home.path("kontord.sock"),
             tenant = office.tenant,
             probe = home.path("probe.sock"),
+            uplink = plan.uplink.name(),
         );
         write(&home.path("kontord.toml"), config.as_bytes())?;
         let key = quietly(&mut home.kontord("host-key"))?;

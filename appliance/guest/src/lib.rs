@@ -14,6 +14,7 @@ mod link;
 pub mod probe;
 mod sys;
 pub mod tunnel;
+mod vfio;
 
 /// An error and its causes in one line.
 #[must_use]

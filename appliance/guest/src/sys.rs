@@ -1,4 +1,4 @@
-//! Every `unsafe` of the guest: the few system calls that neither the standard library nor rustix
+//! The `unsafe` of the guest but for the uplink's device ([`crate::vfio`]): the few system calls that neither the standard library nor rustix
 //! offers in a safe form. Nothing here decides anything.
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Number of the first descriptor that a program of ours inherits behind the three standard ones.
 pub(crate) const FIRST_INHERITED: RawFd = 3;
 /// Most descriptors that a program of ours inherits.
-pub(crate) const MAX_INHERITED: usize = 3;
+pub(crate) const MAX_INHERITED: usize = 4;
 
 /// Which inherited descriptors were handed out already, one bit each.
 static TAKEN: AtomicU32 = AtomicU32::new(0);
@@ -57,19 +57,24 @@ pub(crate) enum Power {
     },
 }
 
-/// Starts `program` without arguments or environment, with `files` as its descriptors from
+/// Starts `program` with `arguments` and without environment, with `files` as its descriptors from
 /// [`FIRST_INHERITED`] on. It reads from nowhere; what it says on standard error goes to the console.
 ///
 /// The caller keeps the numbers `FIRST_INHERITED..FIRST_INHERITED + MAX_INHERITED` occupied
 /// ([`occupy_inherited`]), so that neither `files` nor anything of the standard library stands there.
-pub(crate) fn start(program: &str, files: &[BorrowedFd<'_>], power: Power) -> io::Result<u32> {
+pub(crate) fn start(
+    program: &str,
+    arguments: &[&str],
+    files: &[BorrowedFd<'_>],
+    power: Power,
+) -> io::Result<u32> {
     if files.len() > MAX_INHERITED {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let sources: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
     let mut command = Command::new(program);
     let console = OpenOptions::new().write(true).open("/dev/console");
-    command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
+    command.args(arguments).env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(console.map_or_else(|_| Stdio::null(), Stdio::from));
     // SAFETY: between fork and exec the closure makes system calls on memory that exists already; it
     // neither allocates nor takes a lock (this process has one thread besides).

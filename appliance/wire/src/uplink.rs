@@ -9,12 +9,23 @@
 //! ```
 //!
 //! On the `port` backend each frame stands behind its length (`u16`, little endian); [`PortDecoder`]
-//! cuts that stream. On `vfio` it is the payload of an Ethernet frame of EtherType [`ETHERTYPE`].
+//! cuts that stream. On `vfio` it is the payload of an Ethernet frame of EtherType [`ETHERTYPE`] between
+//! two fixed addresses ([`GUEST_TO_RELAY`], [`RELAY_TO_GUEST`]): nothing there is to be found out.
 
 /// Name of the virtio-serial port that carries frames on the `port` backend.
 pub const PORT: &str = "kontor.uplink";
 /// Private EtherType of frames on the `vfio` backend (IEEE 802, local experimental 1).
 pub const ETHERTYPE: u16 = 0x88B5;
+/// The guest's end on the `vfio` backend: a locally administered address (IEEE 802).
+pub const GUEST_HARDWARE: [u8; 6] = [0x02, b'K', b'T', b'R', 0, 1];
+/// The relay's end on the `vfio` backend.
+pub const RELAY_HARDWARE: [u8; 6] = [0x02, b'K', b'T', b'R', 0, 2];
+/// Bytes of an Ethernet header.
+pub const ETHERNET_LEN: usize = 14;
+/// Header of every Ethernet frame that the guest sends.
+pub const GUEST_TO_RELAY: [u8; ETHERNET_LEN] = ethernet(RELAY_HARDWARE, GUEST_HARDWARE);
+/// Header of every Ethernet frame that the relay sends.
+pub const RELAY_TO_GUEST: [u8; ETHERNET_LEN] = ethernet(GUEST_HARDWARE, RELAY_HARDWARE);
 /// The one version of the frame so far.
 pub const VERSION: u8 = 1;
 /// Bytes in front of the payload.
@@ -48,6 +59,9 @@ pub enum FrameError {
     /// Shorter than the header, or longer than [`MAX_FRAME`].
     #[error("an uplink frame of {0} bytes")]
     Length(usize),
+    /// An Ethernet frame of another EtherType, or between other addresses.
+    #[error("an Ethernet frame that is none of the uplink's")]
+    Ethernet,
     /// A version that is not spoken.
     #[error("an uplink frame of version {0}")]
     Version(u8),
@@ -65,6 +79,15 @@ pub enum FrameError {
 }
 
 impl<'a> Frame<'a> {
+    /// Reads the frame in an Ethernet frame whose header is `header` ([`GUEST_TO_RELAY`],
+    /// [`RELAY_TO_GUEST`]).
+    ///
+    /// # Errors
+    /// [`FrameError`] names the rule that is broken.
+    pub fn parse_ethernet(bytes: &'a [u8], header: &[u8; ETHERNET_LEN]) -> Result<Self, FrameError> {
+        Self::parse(bytes.strip_prefix(header.as_slice()).ok_or(FrameError::Ethernet)?)
+    }
+
     /// Reads a frame.
     ///
     /// # Errors
@@ -117,6 +140,12 @@ impl<'a> Frame<'a> {
     pub fn segments(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         self.payload.chunks(self.segment)
     }
+}
+
+const fn ethernet(to: [u8; 6], from: [u8; 6]) -> [u8; ETHERNET_LEN] {
+    let [high, low] = ETHERTYPE.to_be_bytes();
+    let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (to, from);
+    [a, b, c, d, e, f, g, h, i, j, k, l, high, low]
 }
 
 /// Header of a frame whose payload is one datagram of `segment` bytes, or a train of such.
@@ -254,6 +283,24 @@ mod tests {
         assert_eq!(Frame::parse(&frame(0, 32, &vec![0; 32 * 65])), Err(FrameError::Segments(65)));
         assert!(Frame::parse(&frame(0, 32, &vec![0; 32 * 64])).is_ok());
         assert_eq!(Frame::parse(&vec![1; MAX_FRAME + 1]), Err(FrameError::Length(MAX_FRAME + 1)));
+    }
+
+    #[test]
+    fn ethernet_frame_is_taken_only_between_the_two_ends_and_of_the_one_type() {
+        let inner = frame(3, 148, &[5; 148]);
+        let good = [&GUEST_TO_RELAY[..], &inner].concat();
+        assert_eq!(Frame::parse_ethernet(&good, &GUEST_TO_RELAY), Frame::parse(&inner));
+        assert_eq!(Frame::parse_ethernet(&good, &RELAY_TO_GUEST), Err(FrameError::Ethernet));
+        for at in 0..ETHERNET_LEN {
+            let mut other = good.clone();
+            other[at] ^= 1;
+            assert_eq!(Frame::parse_ethernet(&other, &GUEST_TO_RELAY), Err(FrameError::Ethernet));
+        }
+        let short = &GUEST_TO_RELAY[..ETHERNET_LEN - 1];
+        assert_eq!(Frame::parse_ethernet(short, &GUEST_TO_RELAY), Err(FrameError::Ethernet));
+        assert_eq!(GUEST_TO_RELAY[12..], [0x88, 0xB5]);
+        // Locally administered and no group address.
+        assert!([GUEST_HARDWARE, RELAY_HARDWARE].iter().all(|address| address[0] & 3 == 2));
     }
 
     #[test]

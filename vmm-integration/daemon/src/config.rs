@@ -9,6 +9,7 @@
 //! owner = 1000                             # uid of the employee; without it kontord's own
 //! qemu = "qemu-system-x86_64"
 //! kvm = "/dev/kvm"
+//! uplink = "port"                          # or "vfio": the device that the work VM's uplink is
 //! relay = "/usr/libexec/kontor/kontor-relay"   # without it: beside kontord
 //!
 //! # Development only:
@@ -16,7 +17,7 @@
 //! tap = "/tmp/uplink.tap"                  # all bytes between QEMU and relay
 //! ```
 
-use crate::{host::KVM, office::OfficeAddress};
+use crate::{host::KVM, office::OfficeAddress, qemu::Backend};
 use kontor_trust::{DeviceId, Digest};
 use serde::Deserialize;
 use std::{
@@ -51,6 +52,9 @@ pub struct Config {
     pub kvm: PathBuf,
     /// The relay; beside kontord's own program when absent.
     pub relay: Option<PathBuf>,
+    /// Which device the work VM's uplink is.
+    #[serde(default)]
+    pub uplink: Backend,
     /// Development: where the probe channel of a test image is served.
     pub probe_socket: Option<PathBuf>,
     /// Development: where all bytes between QEMU and relay are recorded.
@@ -147,7 +151,16 @@ mod tests {
         let config = read(&minimal()).unwrap();
         assert_eq!(config.qemu, Path::new("qemu-system-x86_64"));
         assert_eq!(config.relay().unwrap().file_name().unwrap(), "kontor-relay");
+        assert_eq!(config.uplink, Backend::Port);
         assert_eq!((config.owner, config.probe_socket, config.tap), (None, None, None));
+    }
+
+    #[test]
+    fn uplink_is_one_of_two() {
+        let with = |uplink: &str| read(&format!("{}uplink = '{uplink}'", minimal()));
+        assert_eq!(with("vfio").unwrap().uplink, Backend::Vfio);
+        assert_eq!(with("port").unwrap().uplink, Backend::Port);
+        assert!(matches!(with("tap"), Err(ConfigError::Parse { .. })));
     }
 
     #[test]

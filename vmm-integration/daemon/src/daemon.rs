@@ -356,6 +356,7 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
         cpus,
         memory_mib: settings.memory_mib,
         cmdline: ready.manifest.image.cmdline.clone(),
+        uplink: config.uplink,
         probe: ready.manifest.image.test,
     };
     Ok(Plan {

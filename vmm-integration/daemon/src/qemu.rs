@@ -6,7 +6,7 @@
 //! ```text
 //! 3 kernel   4 initrd          sealed memory, read through /proc/self/fd
 //! 5 root                       the root image, read-only
-//! 6 console  7 QMP  8 kontor.control  9 kontor.uplink  10 kontor.probe     socketpairs
+//! 6 console  7 QMP  8 kontor.control  9 the uplink  10 kontor.probe        socketpairs
 //! ```
 
 use crate::{
@@ -37,6 +37,17 @@ const FILES_MAX: u64 = 512;
 /// Address space beside the guest's memory: libraries, thread stacks, the emulator's code buffer.
 const OVERHEAD: u64 = 6 << 30;
 
+/// Which device the guest's uplink is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// A virtio-serial port: a stream of frames.
+    #[default]
+    Port,
+    /// A network device behind a virtual IOMMU, which the guest drives from user space: Ethernet frames.
+    Vfio,
+}
+
 /// What the virtual machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
@@ -48,6 +59,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// The kernel's command line, from the verified manifest.
     pub cmdline: String,
+    /// Which device its uplink is.
+    pub uplink: Backend,
     /// Whether it has the probe channel's port.
     pub probe: bool,
 }
@@ -85,7 +98,7 @@ impl Machine {
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
             // The guest's memory is in no core file and shared with no other process.
             "-machine".into(),
-            "q35,vmport=off,dump-guest-core=off,mem-merge=off".into(),
+            self.board(),
             "-accel".into(),
             accelerator.into(),
             "-cpu".into(),
@@ -107,6 +120,13 @@ impl Machine {
             self.cmdline(),
         ];
         let mut option = |name: &str, value: String| line.extend([name.to_owned(), value]);
+        if self.uplink == Backend::Vfio {
+            // The IOMMU stands before the devices behind it, which is the uplink alone: what the guest's
+            // kernel drives stays without.
+            option("-device", "intel-iommu,intremap=on,caching-mode=on".into());
+            option("-netdev", format!("dgram,id=uplink,local.type=fd,local.str={UPLINK}"));
+            option("-device", network_device());
+        }
         if disk {
             option("-add-fd", format!("fd={ROOT},set=1"));
             option(
@@ -126,7 +146,9 @@ impl Machine {
             option("-device", format!("virtserialport,bus=ports.0,chardev={id},name={name}"));
         };
         port("control", CONTROL, control::PORT);
-        port("uplink", UPLINK, uplink::PORT);
+        if self.uplink == Backend::Port {
+            port("uplink", UPLINK, uplink::PORT);
+        }
         if self.probe {
             port("probe", PROBE, probe::PORT);
         }
@@ -136,13 +158,32 @@ impl Machine {
         line
     }
 
-    fn cmdline(&self) -> String {
-        match self.accelerator {
-            Accelerator::Kvm => self.cmdline.clone(),
-            // Without it the kernel sometimes finds the emulated timer too slow and panics.
-            Accelerator::Tcg => format!("{} no_timer_check", self.cmdline),
+    fn board(&self) -> String {
+        let mut board = "q35,vmport=off,dump-guest-core=off,mem-merge=off".to_owned();
+        if self.uplink == Backend::Vfio && self.accelerator == Accelerator::Kvm {
+            // KVM's own interrupt controller cannot remap what a device behind the IOMMU sends.
+            board.push_str(",kernel-irqchip=split");
         }
+        board
     }
+
+    fn cmdline(&self) -> String {
+        let mut line = self.cmdline.clone();
+        if self.accelerator == Accelerator::Tcg {
+            // Without it the kernel sometimes finds the emulated timer too slow and panics.
+            line.push_str(" no_timer_check");
+        }
+        if self.uplink == Backend::Vfio {
+            line.push_str(" intel_iommu=on");
+        }
+        line
+    }
+}
+
+/// The uplink's device: of virtio 1, and with addresses of the IOMMU's.
+fn network_device() -> String {
+    let hardware = uplink::GUEST_HARDWARE.map(|byte| format!("{byte:02x}")).join(":");
+    format!("virtio-net-pci,netdev=uplink,mac={hardware},disable-legacy=on,iommu_platform=on,romfile=")
 }
 
 impl Inherited {
@@ -183,7 +224,8 @@ mod tests {
 
     fn machine() -> Machine {
         let cmdline = "quiet kontor.built=1".into();
-        Machine { accelerator: Accelerator::Kvm, cpus: 2, memory_mib: 512, cmdline, probe: false }
+        let uplink = Backend::Port;
+        Machine { accelerator: Accelerator::Kvm, cpus: 2, memory_mib: 512, cmdline, uplink, probe: false }
     }
 
     /// The value behind each `name`.
@@ -217,6 +259,36 @@ mod tests {
         for network in ["-netdev", "-nic", "-net", "-drive", "-hda", "-cdrom", "-vnc", "-serial"] {
             assert!(!line.iter().any(|word| word == network), "{network}");
         }
+    }
+
+    #[test]
+    fn network_device_stands_behind_the_iommu_and_takes_the_ports_place() {
+        let port = machine().arguments(true);
+        let vfio = Machine { uplink: Backend::Vfio, ..machine() }.arguments(true);
+        assert_eq!(
+            values(&vfio, "-device")[..2],
+            [
+                "intel-iommu,intremap=on,caching-mode=on",
+                "virtio-net-pci,netdev=uplink,mac=02:4b:54:52:00:01,disable-legacy=on,iommu_platform=on,romfile=",
+            ]
+        );
+        assert_eq!(values(&vfio, "-netdev"), ["dgram,id=uplink,local.type=fd,local.str=9"]);
+        let others: Vec<_> =
+            values(&port, "-device").into_iter().filter(|d| !d.contains("kontor.uplink")).collect();
+        assert_eq!(values(&vfio, "-device")[2..], others);
+        assert!(!values(&vfio, "-chardev").iter().any(|chardev| chardev.contains("fd=9")));
+        assert!(!port.iter().any(|word| word.contains("iommu") || word.contains("net")));
+    }
+
+    #[test]
+    fn interrupts_of_the_network_device_are_remapped_by_qemu_under_kvm() {
+        let vfio = Machine { uplink: Backend::Vfio, ..machine() };
+        assert!(values(&vfio.arguments(true), "-machine")[0].ends_with(",kernel-irqchip=split"));
+        assert_eq!(values(&vfio.arguments(true), "-append"), ["quiet kontor.built=1 intel_iommu=on"]);
+        let emulated = Machine { accelerator: Accelerator::Tcg, ..vfio }.arguments(true);
+        assert!(!values(&emulated, "-machine")[0].contains("irqchip"));
+        assert_eq!(values(&emulated, "-append"), ["quiet kontor.built=1 no_timer_check intel_iommu=on"]);
+        assert!(!values(&machine().arguments(true), "-machine")[0].contains("irqchip"));
     }
 
     #[test]

@@ -4,23 +4,32 @@
 //! record:  0      direction: 0 guest → relay, 1 relay → guest
 //!          1..9   microseconds since the tap was opened, little endian
 //!          9..13  length, little endian
-//!          13..   that many bytes, as they were read from the stream
+//!          13..   that many bytes, as they were read: of a stream what came at once, else one datagram
 //! ```
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
-    os::unix::{fs::OpenOptionsExt, net::UnixStream},
+    os::unix::{
+        fs::OpenOptionsExt,
+        net::{UnixDatagram, UnixStream},
+    },
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    task::JoinSet,
+};
 
 /// Bytes in front of the recorded ones.
 pub const HEADER_LEN: usize = 13;
 /// Most bytes of one record.
 const CHUNK_MAX: usize = 64 * 1024;
+
+/// More than a datagram of the uplink has, so that none is cut.
+const DATAGRAM_MAX: usize = 128 * 1024;
 
 /// Where bytes went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,12 +71,30 @@ pub fn records(mut file: &[u8]) -> impl Iterator<Item = Record<'_>> {
 /// Opens the recording, and carries bytes between `qemu` and `relay` in tasks of their own until either
 /// closes.
 pub(crate) fn insert(path: &Path, qemu: UnixStream, relay: UnixStream) -> io::Result<()> {
-    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    let tap = Arc::new(Tap { file: Mutex::new(file), opened: Instant::now() });
+    let tap = Tap::open(path)?;
     let (from_qemu, to_qemu) = tokio_stream(qemu)?.into_split();
     let (from_relay, to_relay) = tokio_stream(relay)?.into_split();
     tokio::spawn(carry(from_qemu, to_relay, Direction::Up, Arc::clone(&tap)));
     tokio::spawn(carry(from_relay, to_qemu, Direction::Down, tap));
+    Ok(())
+}
+
+/// The same where both are sockets of datagrams. Such have no end that could be carried, so it goes on
+/// until `tasks` end.
+pub(crate) fn insert_datagrams(
+    path: &Path,
+    qemu: UnixDatagram,
+    relay: UnixDatagram,
+    tasks: &mut JoinSet<()>,
+) -> io::Result<()> {
+    let tap = Tap::open(path)?;
+    let shared = |socket: UnixDatagram| {
+        socket.set_nonblocking(true)?;
+        tokio::net::UnixDatagram::from_std(socket).map(Arc::new)
+    };
+    let (qemu, relay) = (shared(qemu)?, shared(relay)?);
+    tasks.spawn(carry_datagrams(Arc::clone(&qemu), Arc::clone(&relay), Direction::Up, Arc::clone(&tap)));
+    tasks.spawn(carry_datagrams(relay, qemu, Direction::Down, tap));
     Ok(())
 }
 
@@ -82,6 +109,11 @@ struct Tap {
 }
 
 impl Tap {
+    fn open(path: &Path) -> io::Result<Arc<Self>> {
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        Ok(Arc::new(Self { file: Mutex::new(file), opened: Instant::now() }))
+    }
+
     fn record(&self, direction: Direction, bytes: &[u8]) -> io::Result<()> {
         let mut record = Vec::with_capacity(HEADER_LEN + bytes.len());
         record.push(match direction {
@@ -117,6 +149,24 @@ async fn carry(
     let _ = to.shutdown().await;
 }
 
+async fn carry_datagrams(
+    from: Arc<tokio::net::UnixDatagram>,
+    to: Arc<tokio::net::UnixDatagram>,
+    direction: Direction,
+    tap: Arc<Tap>,
+) {
+    let mut datagram = vec![0; DATAGRAM_MAX];
+    while let Ok(count) = from.recv(&mut datagram).await {
+        if let Err(error) = tap.record(direction, &datagram[..count]) {
+            tracing::error!(%error, "the tap cannot be written; the uplink is closed");
+            break;
+        }
+        if to.send(&datagram[..count]).await.is_err() {
+            break;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,6 +192,30 @@ mod tests {
         let file = std::fs::read(&path).unwrap();
         let seen: Vec<_> = records(&file).map(|record| (record.direction, record.bytes)).collect();
         assert_eq!(seen, [(Direction::Up, &b"upward"[..]), (Direction::Down, &b"downward"[..])]);
+    }
+
+    #[tokio::test]
+    async fn datagrams_stay_whole_and_each_is_a_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tap");
+        let ((guest, qemu), (relay, inner)) = (UnixDatagram::pair().unwrap(), UnixDatagram::pair().unwrap());
+        let mut tasks = JoinSet::new();
+        insert_datagrams(&path, qemu, inner, &mut tasks).unwrap();
+        let done = tokio::task::spawn_blocking(move || {
+            let (mut one, mut two, mut down) = ([0; 9], [0; 9], [0; 9]);
+            guest.send(b"one").unwrap();
+            guest.send(b"two").unwrap();
+            let up = (relay.recv(&mut one).unwrap(), relay.recv(&mut two).unwrap());
+            relay.send(b"down").unwrap();
+            (up, guest.recv(&mut down).unwrap())
+        });
+        assert_eq!(done.await.unwrap(), ((3, 3), 4));
+        let file = std::fs::read(&path).unwrap();
+        let seen: Vec<_> = records(&file).map(|record| (record.direction, record.bytes)).collect();
+        assert_eq!(
+            seen,
+            [(Direction::Up, &b"one"[..]), (Direction::Up, &b"two"[..]), (Direction::Down, &b"down"[..])]
+        );
     }
 
     #[test]

@@ -6,8 +6,12 @@ use crate::{
     message::Down,
     socket::{Datagrams, Sockets},
 };
-use kontor_wire::uplink::{HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, encode_port};
-use std::io;
+use kontor_wire::uplink::{HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, RELAY_TO_GUEST, encode_port};
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use std::{
+    io::{self, IoSlice},
+    os::unix::net::UnixDatagram,
+};
 
 /// Most bytes that wait for the guest.
 pub(crate) const BUFFER_MAX: usize = 256 * 1024;
@@ -90,6 +94,25 @@ impl DownPath {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
+            }
+        }
+        self.frames.clear();
+        self.taken = 0;
+        Ok(())
+    }
+
+    /// Sends frame by frame, each in an Ethernet frame, as much as the guest's side takes.
+    pub(crate) fn flush_ethernet(&mut self, uplink: &UnixDatagram) -> io::Result<()> {
+        while let Some((prefix, rest)) = self.frames[self.taken..].split_first_chunk::<PORT_PREFIX_LEN>() {
+            // Frames are pushed whole.
+            let frame = &rest[..usize::from(u16::from_le_bytes(*prefix))];
+            let parts = [IoSlice::new(&RELAY_TO_GUEST), IoSlice::new(frame)];
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(uplink, &parts, &mut SendAncillaryBuffer::default(), flags) {
+                Ok(_) => self.taken += PORT_PREFIX_LEN + frame.len(),
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::NOBUFS) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         self.frames.clear();

@@ -2,7 +2,7 @@
 //! gateways, and datagrams of those gateways become uplink frames.
 //!
 //! ```text
-//! QEMU ──stream── Relay ──UDP v4, v6── gateways        kontord ──SEQPACKET── Relay
+//! QEMU ──stream or datagrams── Relay ──UDP v4, v6── gateways        kontord ──SEQPACKET── Relay
 //! ```
 //!
 //! * [`message`]: what kontord and the relay say to each other.
@@ -22,4 +22,4 @@ mod up;
 pub use bucket::Rate;
 pub use gateways::TableError;
 pub use relay::{End, Limits, Relay, RelayError, Wires};
-pub use socket::Datagrams;
+pub use socket::{Datagrams, Uplink};

@@ -1,16 +1,17 @@
 //! `kontor-relay --uplink 3 --control 4 --udp4 5 [--udp6 6]`: each number is a descriptor that kontord
-//! handed over. Ends with 0 when it was told to or the virtual machine is gone, 3 when the guest broke
+//! handed over. What kind of socket the uplink is, stream or datagrams, says the socket. Ends with 0 when it was told to or the virtual machine is gone, 3 when the guest broke
 //! the rules of the uplink, 2 on a wrong command line, 1 on anything else.
 
-use kontor_relay::{End, Limits, Relay, Wires};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use kontor_relay::{End, Limits, Relay, Uplink, Wires};
+use rustix::{
+    io::ioctl_fionbio,
+    net::{SocketType, sockopt},
+    process::{Resource, Rlimit, setrlimit},
+};
 use std::{
     error::Error,
     net::UdpSocket,
-    os::{
-        fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
     process::ExitCode,
 };
 
@@ -85,8 +86,13 @@ impl Numbers {
 }
 
 fn run(numbers: &Numbers) -> Result<End, Box<dyn Error>> {
-    let uplink = UnixStream::from(take(numbers.uplink)?);
-    uplink.set_nonblocking(true)?;
+    let uplink = take(numbers.uplink)?;
+    ioctl_fionbio(&uplink, true)?;
+    let uplink = match sockopt::socket_type(&uplink)? {
+        SocketType::STREAM => Uplink::Stream(uplink.into()),
+        SocketType::DGRAM => Uplink::Ethernet(uplink.into()),
+        _ => return Err("the uplink is a socket of another type".into()),
+    };
     let udp4 = UdpSocket::from(take(numbers.udp4)?);
     udp4.set_nonblocking(true)?;
     let udp6 = numbers.udp6.map(take).transpose()?.map(UdpSocket::from);

@@ -5,7 +5,7 @@ use crate::{
     down::DownPath,
     gateways::{Family, Table, TableError},
     message::{self, Counters, FromDaemon, FromRelay, MAX_MESSAGE, MessageError},
-    socket::{Datagrams, Sockets},
+    socket::{Datagrams, Sockets, Uplink},
     up::{Turn, UpPath},
 };
 use rustix::{
@@ -16,15 +16,14 @@ use rustix::{
 use std::{
     io,
     net::UdpSocket,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsFd, OwnedFd},
     time::Instant,
 };
 
 /// Reads of the uplink in one turn, so that the other direction has its turn too.
 const READS_PER_TURN: usize = 4;
+/// The same in Ethernet frames, each of which is a read.
+const FRAMES_PER_TURN: usize = 64;
 /// Datagrams received from each socket in one turn.
 const DATAGRAMS_PER_TURN: usize = 64;
 
@@ -48,8 +47,8 @@ impl Default for Limits {
 /// The descriptors of a relay, each in non-blocking mode but for `control`, whose mode does not matter.
 #[derive(Debug)]
 pub struct Wires<S = UdpSocket> {
-    /// The other end of the guest's uplink port.
-    pub uplink: UnixStream,
+    /// The other end of the guest's uplink.
+    pub uplink: Uplink,
     /// SEQPACKET, to kontord.
     pub control: OwnedFd,
     /// To gateways with an IPv4 address.
@@ -92,7 +91,7 @@ pub enum RelayError {
 /// The relay of one virtual machine.
 #[derive(Debug)]
 pub struct Relay<S = UdpSocket> {
-    uplink: UnixStream,
+    uplink: Uplink,
     control: OwnedFd,
     sockets: Sockets<S>,
     table: Table,
@@ -154,7 +153,11 @@ impl<S: Datagrams> Relay<S> {
                 }
             }
             self.down.receive(DATAGRAMS_PER_TURN, &self.table, &self.sockets);
-            match self.down.flush(&mut self.uplink) {
+            let flushed = match &mut self.uplink {
+                Uplink::Stream(stream) => self.down.flush(stream),
+                Uplink::Ethernet(socket) => self.down.flush_ethernet(socket),
+            };
+            match flushed {
                 Ok(()) => {}
                 Err(error) if gone(&error) => return Ok(End::UplinkClosed),
                 Err(error) => return Err(RelayError::Uplink(error)),
@@ -207,7 +210,11 @@ impl<S: Datagrams> Relay<S> {
 
     fn forward_up(&mut self) -> Result<Option<End>, RelayError> {
         let now = self.started.elapsed();
-        let turn = self.up.turn(&mut self.uplink, READS_PER_TURN, &self.table, &self.sockets, now);
+        let (table, sockets) = (&self.table, &self.sockets);
+        let turn = match &mut self.uplink {
+            Uplink::Stream(stream) => self.up.turn(stream, READS_PER_TURN, table, sockets, now),
+            Uplink::Ethernet(socket) => self.up.turn_ethernet(socket, FRAMES_PER_TURN, table, sockets, now),
+        };
         self.blocked = None;
         match turn.map_err(RelayError::Uplink)? {
             Turn::Drained => Ok(None),
@@ -238,5 +245,6 @@ impl<S: Datagrams> Relay<S> {
 }
 
 fn gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionRefused | ConnectionReset | NotConnected)
 }

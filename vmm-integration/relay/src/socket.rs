@@ -1,11 +1,32 @@
-//! The side of the relay that faces the network.
+//! The sides of the relay: one faces the network, the other the guest.
 
 use crate::gateways::Family;
 use std::{
     io,
     net::{SocketAddr, UdpSocket},
-    os::fd::AsFd,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::{UnixDatagram, UnixStream},
+    },
 };
+
+/// The guest's side, in non-blocking mode.
+#[derive(Debug)]
+pub enum Uplink {
+    /// The other end of a virtio-serial port: frames behind their length.
+    Stream(UnixStream),
+    /// The other end of a network device: each datagram is one Ethernet frame with one frame in it.
+    Ethernet(UnixDatagram),
+}
+
+impl AsFd for Uplink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Stream(stream) => stream.as_fd(),
+            Self::Ethernet(socket) => socket.as_fd(),
+        }
+    }
+}
 
 /// A socket that sends and receives datagrams and never waits.
 pub trait Datagrams: AsFd {

@@ -9,12 +9,16 @@ use crate::{
     message::{MAX_WORDS, Up},
     socket::{Datagrams, Sockets},
 };
-use kontor_wire::uplink::{Frame, GatewayId, MAX_FRAME, PortDecoder};
-use std::{io, time::Duration};
+use kontor_wire::uplink::{
+    ETHERNET_LEN, Frame, FrameError, GUEST_TO_RELAY, GatewayId, MAX_FRAME, PortDecoder,
+};
+use std::{io, os::unix::net::UnixDatagram, time::Duration};
 
 #[derive(Debug)]
 pub(crate) struct UpPath {
     decoder: PortDecoder,
+    /// One Ethernet frame, where the guest sends such.
+    datagram: Box<[u8]>,
     sender: Sender,
     malformed: Bucket,
 }
@@ -36,7 +40,8 @@ impl UpPath {
     pub(crate) fn new(datagrams: Rate, malformed: Rate) -> Self {
         let pending = Pending { payload: Vec::with_capacity(MAX_FRAME), segment: 0, gateway: GatewayId(0) };
         let sender = Sender { pending, datagrams: Bucket::new(datagrams), counters: Up::default() };
-        Self { decoder: PortDecoder::new(), sender, malformed: Bucket::new(malformed) }
+        let datagram = vec![0; ETHERNET_LEN + MAX_FRAME + 1].into_boxed_slice();
+        Self { decoder: PortDecoder::new(), datagram, sender, malformed: Bucket::new(malformed) }
     }
 
     pub(crate) fn counters(&self) -> Up {
@@ -72,6 +77,52 @@ impl UpPath {
         Ok(self.drain(table, sockets, now))
     }
 
+    /// The same where each datagram of `uplink` is an Ethernet frame.
+    pub(crate) fn turn_ethernet<S: Datagrams>(
+        &mut self,
+        uplink: &UnixDatagram,
+        reads_max: usize,
+        table: &Table,
+        sockets: &Sockets<S>,
+        now: Duration,
+    ) -> io::Result<Turn> {
+        if let Some(family) = self.sender.resume(table, sockets) {
+            return Ok(Turn::Blocked(family));
+        }
+        for _ in 0..reads_max {
+            let length = match uplink.recv(&mut self.datagram) {
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Drained),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Turn::Closed),
+                Err(error) => return Err(error),
+            };
+            // One byte more than the longest has room, so that what was cut shows as too long.
+            match Frame::parse_ethernet(&self.datagram[..length], &GUEST_TO_RELAY) {
+                Ok(frame) => {
+                    if let Some(family) = self.sender.frame(&frame, table, sockets, now) {
+                        return Ok(Turn::Blocked(family));
+                    }
+                }
+                Err(error) => {
+                    if let Some(turn) = self.malformed(&error, now) {
+                        return Ok(turn);
+                    }
+                }
+            }
+        }
+        Ok(Turn::Drained)
+    }
+
+    /// Counts a malformed frame; one too many ends it.
+    fn malformed(&mut self, error: &FrameError, now: Duration) -> Option<Turn> {
+        self.sender.counters.malformed += 1;
+        if self.malformed.take(1, now) {
+            return None;
+        }
+        Some(Turn::Garbage(error.to_string().chars().take(MAX_WORDS).collect()))
+    }
+
     /// Sends every whole frame that was read.
     fn drain<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>, now: Duration) -> Turn {
         loop {
@@ -83,9 +134,8 @@ impl UpPath {
                     }
                 }
                 Err(error) => {
-                    self.sender.counters.malformed += 1;
-                    if !self.malformed.take(1, now) {
-                        return Turn::Garbage(error.to_string().chars().take(MAX_WORDS).collect());
+                    if let Some(turn) = self.malformed(&error, now) {
+                        return turn;
                     }
                 }
             }

@@ -6,7 +6,7 @@
 )]
 
 use kontor_relay::{
-    Datagrams, End, Limits, Rate, Relay, RelayError, TableError, Wires,
+    Datagrams, End, Limits, Rate, Relay, RelayError, TableError, Uplink, Wires,
     message::{self, Counters, FromDaemon, FromRelay},
 };
 use kontor_wire::uplink::{GatewayId, MAX_SEGMENTS, MIN_DATAGRAM, PortDecoder, encode_port};
@@ -71,7 +71,12 @@ impl World {
         let (daemon, control) = control_pair();
         let (udp4, udp6) = (localhost(), UdpSocket::bind("[::1]:0").ok());
         let relay_v4 = udp4.local_addr().unwrap();
-        let wires = Wires { uplink, control, udp4: nonblocking(&udp4), udp6: udp6.as_ref().map(nonblocking) };
+        let wires = Wires {
+            uplink: Uplink::Stream(uplink),
+            control,
+            udp4: nonblocking(&udp4),
+            udp6: udp6.as_ref().map(nonblocking),
+        };
         let relay = thread::spawn(move || Relay::new(wires, limits).run());
         let world =
             Self { guest, decoder: PortDecoder::new(), daemon, gateway: localhost(), relay_v4, relay };
@@ -397,7 +402,7 @@ fn network_without_room_holds_the_guest_back_and_loses_nothing() {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     far.set_read_timeout(Some(PATIENCE)).unwrap();
-    let wires = Wires { uplink, control, udp4: Narrow(near), udp6: None };
+    let wires = Wires { uplink: Uplink::Stream(uplink), control, udp4: Narrow(near), udp6: None };
     let relay = thread::spawn(move || Relay::new(wires, Limits::default()).run());
     let table = FromDaemon::Gateways(vec![(1, vec!["192.0.2.1:9".parse().unwrap()])]);
     send(&daemon, &message::encode(&table).unwrap(), SendFlags::NOSIGNAL).unwrap();

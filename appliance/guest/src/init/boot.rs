@@ -25,6 +25,7 @@ use super::log::say;
 use super::stop::Stop;
 use super::supervise::Watched;
 use super::uevent::Uevents;
+use super::uplink::Uplink;
 use super::{lockdown, modules, ports, resolv, root, supervise, tenant, verity};
 use crate::clock::{Moment, set_wall_clock};
 use crate::link::{FromTunnel, Link, ToTunnel};
@@ -32,7 +33,7 @@ use crate::sys::{Power, start};
 use kontor_release::CommandLine;
 use kontor_trust::TrustedKeyset;
 use kontor_wire::control::{BootState, FromGuest, FromHost};
-use kontor_wire::{probe, uplink};
+use kontor_wire::probe;
 use rustix::fs::{major, minor, stat};
 use rustix::process::Pid;
 use std::io;
@@ -74,7 +75,7 @@ pub(crate) struct Early {
 pub(crate) struct Verified {
     line: CommandLine,
     floor: TrustedKeyset,
-    uplink: OwnedFd,
+    uplink: Uplink,
     /// Held so that the interface, and with it every route, outlives the tunnel's process.
     tun: OwnedFd,
     uevents: Uevents,
@@ -132,9 +133,8 @@ impl Early {
         set_host_name()?;
         kontor_tun::up("lo").map_err(system("bring lo up"))?;
         let tun = kontor_tun::create(INTERFACE).map_err(system("make the tunnel's interface"))?;
-        let uplink = ports::open_named(&self.uevents, uplink::PORT, ports::APPEAR_MAX)
-            .map_err(system("open the uplink"))?
-            .ok_or(Stop::NoUplink)?;
+        let uplink = Uplink::open(&self.uevents).map_err(Stop::Uplink)?.ok_or(Stop::NoUplink)?;
+        say!("uplink: {}", uplink.name());
         report(events, BootState::Verified)?;
         Ok(Verified { line, floor, uplink, tun, uevents: self.uevents })
     }
@@ -222,9 +222,9 @@ impl Leased {
         set_up_interface(v4.into(), v6.into()).map_err(system("set the tunnel's interface up"))?;
 
         let (link, theirs) = Link::pair().map_err(system("make the tunnel's socket"))?;
-        let files = [before.uplink.as_fd(), before.tun.as_fd(), theirs.as_fd()];
+        let (arguments, files) = before.uplink.passed(before.tun.as_fd(), theirs.as_fd());
         let power = Power::None { id: TUNNEL_ID, files_max: TUNNEL_FILES };
-        let pid = start(TUNNEL, &files, power).map_err(system("start the tunnel"))?;
+        let pid = start(TUNNEL, arguments, &files, power).map_err(system("start the tunnel"))?;
         let mut watched = Watched { tunnel: pid_of(pid), probe: None };
         drop(theirs);
         events.add_tunnel(link)?;
@@ -287,7 +287,7 @@ fn start_probe(uevents: &Uevents) -> Result<Option<Pid>, Stop> {
         say!("a test image without a port for its probe");
         return Ok(None);
     };
-    let pid = start(PROBE, &[port.as_fd()], Power::Inherited).map_err(system("start the probe"))?;
+    let pid = start(PROBE, &[], &[port.as_fd()], Power::Inherited).map_err(system("start the probe"))?;
     say!("the probe is served");
     Ok(pid_of(pid))
 }

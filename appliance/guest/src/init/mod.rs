@@ -20,6 +20,7 @@ mod stop;
 mod supervise;
 mod tenant;
 mod uevent;
+mod uplink;
 mod verity;
 
 use crate::sys;

@@ -10,6 +10,7 @@ use super::log::say;
 use super::modules::ModuleError;
 use super::root::{RootError, unmount_state};
 use super::tenant::TenantError;
+use super::uplink::UplinkError;
 use super::verity::VerityError;
 use crate::chain;
 use crate::clock::Moment;
@@ -59,8 +60,10 @@ pub(crate) enum Stop {
     Files(#[source] RootError),
     #[error("lock the kernel down")]
     Lockdown(#[source] LockdownError),
-    #[error("there is no port for the uplink")]
+    #[error("there is no uplink")]
     NoUplink,
+    #[error("the uplink")]
+    Uplink(#[source] UplinkError),
     #[error("no lease came in time")]
     NoLease,
     #[error("the host has no lease")]
@@ -93,7 +96,7 @@ impl Stop {
             Self::Verity(_) | Self::Image(_) => StopReason::RootCorrupt,
             Self::Tenant(_) => StopReason::BadTenant,
             Self::Lockdown(_) => StopReason::NotLockedDown,
-            Self::NoUplink => StopReason::NoUplink,
+            Self::NoUplink | Self::Uplink(_) => StopReason::NoUplink,
             Self::NoLease | Self::Refused => StopReason::NoLease,
             Self::Lease(_) => StopReason::BadLease,
             Self::NoTunnel => StopReason::NoTunnel,
@@ -224,6 +227,7 @@ mod tests {
             (Stop::Tenant(TenantError::Id), StopReason::BadTenant),
             (Stop::Lockdown(LockdownError::Lockdown(io())), StopReason::NotLockedDown),
             (Stop::NoUplink, StopReason::NoUplink),
+            (Stop::Uplink(UplinkError::List(io())), StopReason::NoUplink),
             (Stop::NoLease, StopReason::NoLease),
             (Stop::Refused, StopReason::NoLease),
             (Stop::Lease(LeaseError::OtherNonce), StopReason::BadLease),

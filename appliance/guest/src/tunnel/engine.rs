@@ -112,6 +112,7 @@ impl<'l, U: Uplink> Engine<'l, U> {
 
     /// Runs until init closes the tunnel.
     pub(crate) fn run(mut self) -> Result<Summary, EngineError> {
+        self.uplink.begin().map_err(EngineError::Uplink)?;
         self.link.send(&FromTunnel::Ready).map_err(EngineError::Link)?;
         while self.round()? == Go::On {
             self.wait()?;

@@ -8,7 +8,9 @@
 //!                        kontor-init (5)
 //! ```
 //!
-//! It starts with three descriptors and no power, gives up what is left of it before it reads a byte
+//! The uplink is a virtio-serial port, or two descriptors of VFIO, the second of them behind the others (6).
+//!
+//! It starts with these descriptors and no power, gives up what is left of it before it reads a byte
 //! ([`confine`]), and trusts no byte of the uplink. One thread; nothing blocks but the wait for the next event.
 
 mod confine;
@@ -16,12 +18,35 @@ mod engine;
 mod uplink;
 
 use crate::link::{FromTunnel, Link, TunnelFault};
-use crate::sys;
+use crate::{sys, vfio};
 use confine::{ConfineError, confine};
 use engine::{Engine, EngineError, Summary};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use uplink::Port;
+use uplink::{Port, Uplink, VfioError, open_vfio};
+
+/// What the uplink's descriptors are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// A virtio-serial port.
+    Port,
+    /// A network device behind VFIO: its container, and the device itself.
+    Vfio,
+}
+
+/// The argument that says [`Backend::Vfio`]; without any it is [`Backend::Port`].
+pub(crate) const VFIO: &str = "vfio";
+
+impl Backend {
+    /// Reads the process's arguments; `None` when there is one that is not known.
+    pub fn from_arguments(mut arguments: impl Iterator<Item = String>) -> Option<Self> {
+        match (arguments.next().as_deref(), arguments.next()) {
+            (None, _) => Some(Self::Port),
+            (Some(VFIO), None) => Some(Self::Vfio),
+            (Some(_), _) => None,
+        }
+    }
+}
 
 /// Why the process ends; the coarse part goes to init, this to the console.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +57,9 @@ pub enum TunnelError {
     /// The kernel refused what it never should.
     #[error("prepare")]
     Prepare(#[source] io::Error),
+    /// The network device is not there as it should be.
+    #[error("open the uplink's device")]
+    Vfio(#[source] VfioError),
     /// Power that it was started with could not be given up.
     #[error(transparent)]
     Confine(#[from] ConfineError),
@@ -44,10 +72,17 @@ pub enum TunnelError {
 ///
 /// # Errors
 /// [`TunnelError`]; init has been told the coarse reason then.
-pub fn run() -> Result<Summary, TunnelError> {
+pub fn run(backend: Backend) -> Result<Summary, TunnelError> {
     let [uplink, tun, link] = [sys::inherited(0), sys::inherited(1), sys::inherited(2)];
+    let device = match backend {
+        Backend::Port => None,
+        Backend::Vfio => Some(sys::inherited(3)),
+    };
     let link = Link::inherited(link.map_err(TunnelError::Inherit)?);
-    let result = serve(&link, uplink, tun);
+    let result = open(uplink, tun, device).and_then(|(uplink, tun)| match uplink {
+        Opened::Port(port) => serve(&link, port, tun),
+        Opened::Vfio(device) => serve(&link, *device, tun),
+    });
     if let Err(error) = &result {
         // Init sees the process end in any case.
         let _ = link.send(&FromTunnel::Failed(error.fault()));
@@ -55,14 +90,40 @@ pub fn run() -> Result<Summary, TunnelError> {
     result
 }
 
-fn serve(link: &Link, uplink: io::Result<OwnedFd>, tun: io::Result<OwnedFd>) -> Result<Summary, TunnelError> {
+/// The uplink's device, open.
+enum Opened {
+    Port(Port),
+    Vfio(Box<uplink::Vfio>),
+}
+
+fn open(
+    uplink: io::Result<OwnedFd>,
+    tun: io::Result<OwnedFd>,
+    device: Option<io::Result<OwnedFd>>,
+) -> Result<(Opened, OwnedFd), TunnelError> {
     let uplink = uplink.map_err(TunnelError::Inherit)?;
     let tun = tun.map_err(TunnelError::Inherit)?;
-    for file in [uplink.as_fd(), tun.as_fd(), link.as_fd()] {
+    let opened = match device {
+        None => {
+            sys::do_not_block(uplink.as_fd()).map_err(TunnelError::Prepare)?;
+            Opened::Port(Port::new(uplink))
+        }
+        Some(device) => {
+            let device = vfio::Device::inherited(device.map_err(TunnelError::Inherit)?);
+            let container = vfio::Container::inherited(uplink);
+            let opened = open_vfio(container, device).map_err(TunnelError::Vfio)?;
+            Opened::Vfio(Box::new(opened))
+        }
+    };
+    Ok((opened, tun))
+}
+
+fn serve(link: &Link, uplink: impl Uplink, tun: OwnedFd) -> Result<Summary, TunnelError> {
+    for file in [tun.as_fd(), link.as_fd()] {
         sys::do_not_block(file).map_err(TunnelError::Prepare)?;
     }
-    let engine = Engine::new(link, Port::new(uplink), tun)?;
-    // Not a byte was read so far.
+    let engine = Engine::new(link, uplink, tun)?;
+    // Not a byte was read so far, and the uplink's device not spoken to.
     confine()?;
     Ok(engine.run()?)
 }
@@ -71,6 +132,7 @@ impl TunnelError {
     fn fault(&self) -> TunnelFault {
         match self {
             Self::Inherit(_) | Self::Prepare(_) | Self::Confine(_) => TunnelFault::Start,
+            Self::Vfio(_) => TunnelFault::Uplink,
             Self::Run(error) => error.fault(),
         }
     }
@@ -106,7 +168,7 @@ mod tests {
     #[ignore = "started by other tests"]
     fn process() {
         match std::env::var(ROLE).as_deref() {
-            Ok("tunnel") => std::process::exit(i32::from(run().is_err())),
+            Ok("tunnel") => std::process::exit(i32::from(run(Backend::Port).is_err())),
             Ok("opens a file") => {
                 confine().unwrap();
                 drop(std::fs::File::open("/dev/null"));
@@ -164,6 +226,14 @@ mod tests {
         let (_world, ends) = World::new();
         let Some(mut child) = start("opens a file", ends) else { return };
         assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGSYS));
+    }
+
+    #[test]
+    fn only_the_known_argument_is_taken() {
+        let of = |words: &[&str]| Backend::from_arguments(words.iter().map(|word| (*word).to_owned()));
+        assert_eq!(of(&[]), Some(Backend::Port));
+        assert_eq!(of(&["vfio"]), Some(Backend::Vfio));
+        assert_eq!((of(&["port"]), of(&["vfio", "vfio"]), of(&[""])), (None, None, None));
     }
 
     #[test]

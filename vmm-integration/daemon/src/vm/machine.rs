@@ -5,7 +5,7 @@ use crate::{
     console::Console,
     exit::chain,
     probe,
-    qemu::{self, Inherited, Machine},
+    qemu::{self, Backend, Inherited, Machine},
     qmp,
     relay::{Order, Relay},
     session::Input,
@@ -21,7 +21,10 @@ use kontor_wire::{
 };
 use std::{
     io,
-    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixDatagram as StdUnixDatagram, UnixStream as StdUnixStream},
+    },
     path::PathBuf,
     process::ExitStatus,
     time::Duration,
@@ -66,8 +69,8 @@ impl Vm {
         let (console, console_theirs) = pair()?;
         let (qmp, qmp_theirs) = pair()?;
         let (control, control_theirs) = pair()?;
-        let (uplink_theirs, relays) = uplink(tap)?;
         let mut tasks = JoinSet::new();
+        let (uplink_theirs, relays) = uplink(machine.uplink, tap, &mut tasks)?;
         let probe_socket = probe_socket.filter(|_| machine.probe);
         let probe_theirs = match &probe_socket {
             Some(path) => {
@@ -81,7 +84,7 @@ impl Vm {
         };
         let machine = Machine { probe: probe_theirs.is_some(), ..machine };
 
-        let relay = Relay::start(&relay, relays.into()).await?;
+        let relay = Relay::start(&relay, relays).await?;
         let inherited = Inherited {
             kernel: ready.kernel.into(),
             initrd: ready.initrd.into(),
@@ -89,7 +92,7 @@ impl Vm {
             console: console_theirs,
             qmp: qmp_theirs,
             control: control_theirs,
-            uplink: uplink_theirs.into(),
+            uplink: uplink_theirs,
             probe: probe_theirs,
         };
         let mut child = match qemu::start(&program, &machine, inherited) {
@@ -200,11 +203,26 @@ pub(super) fn pair() -> Result<(UnixStream, OwnedFd), VmError> {
 }
 
 /// The uplink: QEMU's end and the relay's, with the tap between them where one is wanted.
-fn uplink(tap: Option<PathBuf>) -> Result<(StdUnixStream, StdUnixStream), VmError> {
-    let (qemu, relay) = StdUnixStream::pair().map_err(VmError::Channels)?;
+fn uplink(
+    backend: Backend,
+    tap: Option<PathBuf>,
+    tasks: &mut JoinSet<()>,
+) -> Result<(OwnedFd, OwnedFd), VmError> {
+    let pair = || {
+        let ends: (OwnedFd, OwnedFd) = match backend {
+            Backend::Port => StdUnixStream::pair().map(|(one, other)| (one.into(), other.into()))?,
+            Backend::Vfio => StdUnixDatagram::pair().map(|(one, other)| (one.into(), other.into()))?,
+        };
+        Ok(ends)
+    };
+    let (qemu, relay) = pair().map_err(VmError::Channels)?;
     let Some(path) = tap else { return Ok((qemu, relay)) };
-    let (tapped, relays) = StdUnixStream::pair().map_err(VmError::Channels)?;
-    tap::insert(&path, relay, tapped).map_err(|source| VmError::Tap { path, source })?;
+    let (tapped, relays) = pair().map_err(VmError::Channels)?;
+    let inserted = match backend {
+        Backend::Port => tap::insert(&path, relay.into(), tapped.into()),
+        Backend::Vfio => tap::insert_datagrams(&path, relay.into(), tapped.into(), tasks),
+    };
+    inserted.map_err(|source| VmError::Tap { path, source })?;
     Ok((qemu, relays))
 }
 

@@ -5,7 +5,7 @@
 use super::{VmError, machine::pair};
 use crate::{
     host::Accelerator,
-    qemu::{self, Inherited, Machine},
+    qemu::{self, Backend, Inherited, Machine},
     slots::Ready,
 };
 use kontor_wire::{
@@ -42,6 +42,7 @@ pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<bo
         memory_mib: MEMORY_MIB,
         cmdline: ready.manifest.image.cmdline.clone(),
         probe: false,
+        uplink: Backend::Port,
     };
     let inherited = Inherited {
         kernel: ready.kernel.try_clone().map_err(VmError::Channels)?.into(),

@@ -50,6 +50,7 @@ pub(crate) fn relay(arguments: &[String]) -> ! {
     let uplink = UnixStream::from(inherited(number("--uplink").unwrap()));
     uplink.set_nonblocking(true).unwrap();
     let control = inherited(number("--control").unwrap());
+    let uplink = kontor_relay::Uplink::Stream(uplink);
     let wires = Wires { uplink, control, udp4: udp("--udp4").unwrap(), udp6: udp("--udp6") };
     match Relay::new(wires, Limits::default()).run() {
         Ok(End::Shutdown | End::UplinkClosed) => exit(0),

@@ -1,8 +1,15 @@
-//! The one way out of the work VM, whichever device it is.
+//! The one way out of the work VM, whichever device it is: a virtio-serial [`Port`], or a network device
+//! behind an IOMMU that this process drives itself ([`open_vfio`]).
 
+#[cfg(test)]
+mod fake;
+mod net;
 mod port;
+mod ring;
+mod vfio;
 
 pub(crate) use port::Port;
+pub(crate) use vfio::{Vfio, VfioError, open as open_vfio};
 
 use kontor_wire::uplink::GatewayId;
 use std::io;
@@ -19,6 +26,11 @@ pub(crate) enum Rest {
 
 /// Datagrams to and from gateways. Nothing here blocks.
 pub(crate) trait Uplink {
+    /// Takes up work, once, after every power is given up and before anything else is asked of it.
+    fn begin(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Hands datagrams that have come to `take`, about a batch of them.
     fn recv_batch(&mut self, take: &mut dyn FnMut(GatewayId, &[u8])) -> io::Result<Rest>;
 

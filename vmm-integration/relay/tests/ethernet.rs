@@ -1,0 +1,157 @@
+//! The relay on an uplink of datagrams, each of them an Ethernet frame.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use kontor_relay::{
+    End, Limits, Rate, Relay, RelayError, Uplink, Wires,
+    message::{self, Counters, FromDaemon, FromRelay},
+};
+use kontor_wire::uplink::{Frame, GUEST_TO_RELAY, GatewayId, MAX_FRAME, RELAY_TO_GUEST, header};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use std::{
+    net::{SocketAddr, UdpSocket},
+    os::{fd::OwnedFd, unix::net::UnixDatagram},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+/// Nothing here takes so long: a test that waits for it has failed.
+const PATIENCE: Duration = Duration::from_secs(20);
+const GATEWAY: u8 = 7;
+
+struct World {
+    guest: UnixDatagram,
+    daemon: OwnedFd,
+    gateway: UdpSocket,
+    relay_v4: SocketAddr,
+    relay: JoinHandle<Result<End, RelayError>>,
+}
+
+impl World {
+    fn with(limits: Limits) -> Self {
+        let (guest, uplink) = UnixDatagram::pair().unwrap();
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        uplink.set_nonblocking(true).unwrap();
+        let (daemon, control) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (udp4, gateway) =
+            (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        udp4.set_nonblocking(true).unwrap();
+        gateway.set_read_timeout(Some(PATIENCE)).unwrap();
+        let relay_v4 = udp4.local_addr().unwrap();
+        let wires = Wires { uplink: Uplink::Ethernet(uplink), control, udp4, udp6: None };
+        let relay = thread::spawn(move || Relay::new(wires, limits).run());
+        let world = Self { guest, daemon, gateway, relay_v4, relay };
+        assert_eq!(world.hear(), FromRelay::Ready);
+        let endpoint = world.gateway.local_addr().unwrap();
+        world.say(&FromDaemon::Gateways(vec![(GATEWAY, vec![endpoint])]));
+        world.counters();
+        world
+    }
+
+    fn say(&self, message: &FromDaemon) {
+        send(&self.daemon, &message::encode(message).unwrap(), SendFlags::NOSIGNAL).unwrap();
+    }
+
+    fn hear(&self) -> FromRelay {
+        let mut packet = [0; message::MAX_MESSAGE];
+        let (_, length) = recv(&self.daemon, packet.as_mut_slice(), RecvFlags::empty()).unwrap();
+        message::decode(&packet[..length]).unwrap()
+    }
+
+    fn counters(&self) -> Counters {
+        self.say(&FromDaemon::Report);
+        match self.hear() {
+            FromRelay::Counters(counters) => counters,
+            other @ (FromRelay::Ready | FromRelay::Garbage(_)) => panic!("{other:?}"),
+        }
+    }
+
+    fn guest_sends(&self, segment: usize, payload: &[u8]) {
+        let inner = header(GatewayId(GATEWAY), segment, payload).unwrap();
+        self.guest.send(&[&GUEST_TO_RELAY[..], &inner, payload].concat()).unwrap();
+    }
+
+    fn gateway_receives(&self) -> Vec<u8> {
+        let mut datagram = vec![0; 65_536];
+        let length = self.gateway.recv(&mut datagram).unwrap();
+        datagram.truncate(length);
+        datagram
+    }
+
+    fn guest_receives(&self) -> Vec<u8> {
+        let mut bytes = vec![0; 70_000];
+        let length = self.guest.recv(&mut bytes).unwrap();
+        let frame = Frame::parse_ethernet(&bytes[..length], &RELAY_TO_GUEST).unwrap();
+        assert_eq!(frame.gateway(), GatewayId(GATEWAY));
+        frame.payload().to_vec()
+    }
+}
+
+#[test]
+fn datagrams_go_to_the_gateway_and_come_back() {
+    let world = World::with(Limits::default());
+    for length in [32, 148, 1500] {
+        world.guest_sends(length, &vec![1; length]);
+        assert_eq!(world.gateway_receives(), vec![1; length]);
+        world.gateway.send_to(&vec![2; length], world.relay_v4).unwrap();
+        assert_eq!(world.guest_receives(), vec![2; length]);
+    }
+    assert_eq!((world.counters().up.frames, world.counters().down.datagrams), (3, 3));
+    world.say(&FromDaemon::Shutdown);
+    assert_eq!(world.relay.join().unwrap().unwrap(), End::Shutdown);
+}
+
+#[test]
+fn train_is_taken_apart() {
+    let world = World::with(Limits::default());
+    let payload: Vec<u8> = (0..250).collect();
+    world.guest_sends(100, &payload);
+    let received = [world.gateway_receives(), world.gateway_receives(), world.gateway_receives()];
+    assert_eq!(received.concat(), payload);
+}
+
+#[test]
+fn frame_of_another_type_or_between_others_is_counted_and_goes_nowhere() {
+    let world = World::with(Limits::default());
+    let inner = [&header(GatewayId(GATEWAY), 100, &[3; 100]).unwrap()[..], &[3; 100]].concat();
+    let mut arp = [&GUEST_TO_RELAY[..], &inner].concat();
+    arp[12..14].copy_from_slice(&[0x08, 0x06]);
+    world.guest.send(&arp).unwrap();
+    world.guest.send(&[&RELAY_TO_GUEST[..], &inner].concat()).unwrap();
+    world.guest.send(&inner).unwrap();
+    world.guest.send(&[]).unwrap();
+    world.guest.send(&[&GUEST_TO_RELAY[..], &[1; MAX_FRAME + 1]].concat()).unwrap();
+    world.guest_sends(100, &[4; 100]);
+    assert_eq!(world.gateway_receives(), [4; 100]);
+    assert_eq!((world.counters().up.malformed, world.counters().up.frames), (5, 1));
+}
+
+#[test]
+fn one_malformed_frame_too_many_ends_the_relay() {
+    let limits = Limits { malformed: Rate { per_s: 0, burst: 2 }, ..Limits::default() };
+    let world = World::with(limits);
+    for _ in 0..3 {
+        world.guest.send(&[0xff; 60]).unwrap();
+    }
+    assert_eq!(world.hear(), FromRelay::Garbage("an Ethernet frame that is none of the uplink's".into()));
+    assert_eq!(world.relay.join().unwrap().unwrap(), End::Garbage);
+}
+
+#[test]
+fn guest_that_does_not_read_costs_its_own_datagrams_only() {
+    let world = World::with(Limits::default());
+    let dropped = loop {
+        for _ in 0..100 {
+            world.gateway.send_to(&[9; 1400], world.relay_v4).unwrap();
+        }
+        let dropped = world.counters().down.guest_full;
+        if dropped > 0 {
+            break dropped;
+        }
+    };
+    assert!(dropped > 0);
+    // The other direction still works, and what was kept arrives.
+    world.guest_sends(100, &[5; 100]);
+    assert_eq!(world.gateway_receives(), [5; 100]);
+    assert_eq!(world.guest_receives(), [9; 1400]);
+}
