@@ -6,6 +6,7 @@
 //!              ◄───────────────  Ready
 //!   Configure  ───────────────►
 //!              ◄───────────────  Up | Down     (each time the session comes or goes)
+//!              ◄───────────────  Heard         (now and then while the gateway's messages come in)
 //!              ◄───────────────  Failed        then the tunnel exits
 //!   Close      ───────────────►                then the tunnel exits
 //! ```
@@ -60,6 +61,8 @@ pub(crate) enum FromTunnel {
     Up,
     /// There is no session any more.
     Down,
+    /// Since the last time it said so, a message came that proved to be the gateway's.
+    Heard,
     /// It cannot go on.
     Failed(TunnelFault),
 }

@@ -1,7 +1,8 @@
-//! Everything that crosses between the work VM and its host.
+//! Everything that crosses between the work VM and its host, and what it says to the gateway.
 //!
 //! * [`control`]: the framed messages between `kontor-init` and `kontord`.
 //! * [`uplink`]: the frames between `kontor-tunnel` and `kontor-relay`.
+//! * [`post`]: what `kontor-init` and the gateway say to each other inside the tunnel.
 //! * [`probe`]: the test channel; only test images carry its other end.
 //! * [`reason`]: why a work VM stopped, as a closed list.
 //!
@@ -12,6 +13,7 @@
 
 pub mod control;
 mod frame;
+pub mod post;
 pub mod probe;
 pub mod reason;
 pub mod uplink;

@@ -15,6 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kontor_bundle::lease::Admit;
@@ -42,10 +43,28 @@ enum FromGateway {
 /// The thread that lets peers in.
 pub(crate) struct Doorman {
     pub(crate) listener: UnixListener,
-    pub(crate) office: Office,
+    pub(crate) office: Arc<Mutex<Office>>,
+    pub(crate) plane: Orders,
+}
+
+/// The way to the data path.
+pub(crate) struct Orders {
     pub(crate) orders: SyncSender<Order>,
     /// The data path's eventfd.
     pub(crate) wake: OwnedFd,
+}
+
+/// The data path has ended.
+#[derive(Debug)]
+pub(crate) struct Ended;
+
+impl Orders {
+    pub(crate) fn order(&self, order: Order) -> Result<(), Ended> {
+        self.orders.send(order).map_err(|_| Ended)?;
+        // The counter is full only if the data path has much to wake up for.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        Ok(())
+    }
 }
 
 /// Why a connection ended without an admission.
@@ -93,9 +112,15 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener, ListenError> {
     Ok(listener)
 }
 
+impl From<Ended> for TalkError {
+    fn from(Ended: Ended) -> Self {
+        Self::Ending
+    }
+}
+
 impl Doorman {
     /// Serves until the data path is gone.
-    pub(crate) fn run(mut self) {
+    pub(crate) fn run(self) {
         loop {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
@@ -119,27 +144,23 @@ impl Doorman {
         }
     }
 
-    fn talk(&mut self, stream: &UnixStream) -> Result<(), TalkError> {
+    fn talk(&self, stream: &UnixStream) -> Result<(), TalkError> {
         let line = read_line(stream, Instant::now() + PATIENCE)?;
         let ToGateway::Admit(untrusted) = serde_json::from_slice(&line).map_err(TalkError::Parse)?;
-        let Outcome { admission, removed } = self.office.admit(&untrusted, unix_now())?;
+        // Whoever panicked with it has left it half changed.
+        let mut office = self.office.lock().map_err(|_| TalkError::Ending)?;
+        let Outcome { admission, removed } = office.admit(&untrusted, unix_now())?;
+        drop(office);
         for device in removed {
             tracing::debug!(%device, "no longer borne out by the newest keyset");
-            self.order(Order::Remove(device))?;
+            self.plane.order(Order::Remove(device))?;
         }
         tracing::debug!(device = %admission.device, v4 = %admission.v4, v6 = %admission.v6, "checked");
         let (sender, receiver) = mpsc::sync_channel(1);
-        self.order(Order::Admit(Box::new(admission), sender))?;
+        self.plane.order(Order::Admit(Box::new(admission), sender))?;
         receiver.recv().map_err(|_| TalkError::Ending)?.map_err(TalkError::Peer)?;
         tracing::info!("admitted");
         answer(stream, &FromGateway::Admitted(true));
-        Ok(())
-    }
-
-    fn order(&self, order: Order) -> Result<(), TalkError> {
-        self.orders.send(order).map_err(|_| TalkError::Ending)?;
-        // The counter is full only if the data path has much to wake up for.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
         Ok(())
     }
 }

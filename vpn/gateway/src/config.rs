@@ -109,7 +109,7 @@ impl Config {
     }
 
     pub(crate) fn pools(&self) -> Pools {
-        Pools { v4: self.pool_v4, v6: self.pool_v6 }
+        Pools { v4: self.pool_v4, v6: self.pool_v6, own_v4: self.v4, own_v6: self.v6 }
     }
 }
 

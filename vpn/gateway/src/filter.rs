@@ -6,12 +6,14 @@
 //! ```
 //!
 //! There is no state: down passes whatever could be an answer. No peer reaches another one, whatever
-//! the table says.
+//! the table says. Every peer reaches the gateway's own post (`lease.md` 19), and one that was not answered
+//! there yet reaches nothing else.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use kontor_bundle::{Access, Destination, Protocol};
+use kontor_wire::post;
 
 use crate::packet::{Header, ICMP, ICMPV6, Ports, TCP, UDP};
 
@@ -22,11 +24,22 @@ pub(crate) struct Table {
     v6: Vec<Destination>,
 }
 
-/// The addresses that peers have.
+/// The addresses that peers have, and the gateway's own among them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pools {
     pub(crate) v4: Ipv4Net,
     pub(crate) v6: Ipv6Net,
+    pub(crate) own_v4: Ipv4Addr,
+    pub(crate) own_v6: Ipv6Addr,
+}
+
+/// What holds for a peer's packets besides the way to the post.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Passage<'a> {
+    /// Nothing: its `Hello` was not answered yet.
+    Shut,
+    /// Both tables.
+    Open([&'a Table; 2]),
 }
 
 /// Which way a packet goes.
@@ -47,16 +60,20 @@ pub(crate) enum Refusal {
     PeerToPeer,
     /// The table does not have it.
     NotListed,
+    /// The peer has not been answered at the post yet.
+    BeforeHello,
 }
 
 impl Refusal {
-    pub(crate) const ALL: [Self; 3] = [Self::Unreadable, Self::PeerToPeer, Self::NotListed];
+    pub(crate) const ALL: [Self; 4] =
+        [Self::Unreadable, Self::PeerToPeer, Self::NotListed, Self::BeforeHello];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Unreadable => "unreadable",
             Self::PeerToPeer => "peer_to_peer",
             Self::NotListed => "not_listed",
+            Self::BeforeHello => "before_hello",
         }
     }
 }
@@ -67,6 +84,19 @@ impl Pools {
             IpAddr::V4(address) => self.v4.contains(&address),
             IpAddr::V6(address) => self.v6.contains(&address),
         }
+    }
+
+    fn has_post(&self, header: &Header, direction: Direction) -> bool {
+        let Ports::Of { source, destination } = header.ports else { return false };
+        let (office, port) = match direction {
+            Direction::Up => (header.destination, destination),
+            Direction::Down => (header.source, source),
+        };
+        let own = match office {
+            IpAddr::V4(address) => address == self.own_v4,
+            IpAddr::V6(address) => address == self.own_v6,
+        };
+        own && port == post::PORT && header.protocol == TCP
     }
 }
 
@@ -99,14 +129,17 @@ impl Table {
     }
 }
 
-/// Whether a packet passes all of `tables`, of which there is at least one.
+/// Whether a packet passes.
 pub(crate) fn check(
     packet: &[u8],
     direction: Direction,
     pools: &Pools,
-    tables: [&Table; 2],
+    passage: Passage<'_>,
 ) -> Result<(), Refusal> {
     let header = Header::parse(packet).map_err(|_| Refusal::Unreadable)?;
+    if pools.has_post(&header, direction) {
+        return Ok(());
+    }
     let office = match direction {
         Direction::Up => header.destination,
         Direction::Down => header.source,
@@ -114,7 +147,7 @@ pub(crate) fn check(
     if pools.contain(office) {
         return Err(Refusal::PeerToPeer);
     }
-    let [first, second] = tables;
+    let Passage::Open([first, second]) = passage else { return Err(Refusal::BeforeHello) };
     let listed =
         first.lists(&header, direction) && (std::ptr::eq(first, second) || second.lists(&header, direction));
     if listed { Ok(()) } else { Err(Refusal::NotListed) }
@@ -152,7 +185,12 @@ mod tests {
     const PEER_V6: &str = "fd09::7";
 
     fn pools() -> Pools {
-        Pools { v4: "10.9.0.0/16".parse().unwrap(), v6: "fd09::/64".parse().unwrap() }
+        Pools {
+            v4: "10.9.0.0/16".parse().unwrap(),
+            v6: "fd09::/64".parse().unwrap(),
+            own_v4: "10.9.0.1".parse().unwrap(),
+            own_v6: "fd09::1".parse().unwrap(),
+        }
     }
 
     fn table(destinations: &[(&str, Protocol, Option<[u16; 2]>)]) -> Table {
@@ -168,11 +206,11 @@ mod tests {
     }
 
     fn up(table: &Table, packet: &[u8]) -> Result<(), Refusal> {
-        check(packet, Direction::Up, &pools(), [table, table])
+        check(packet, Direction::Up, &pools(), Passage::Open([table, table]))
     }
 
     fn down(table: &Table, packet: &[u8]) -> Result<(), Refusal> {
-        check(packet, Direction::Down, &pools(), [table, table])
+        check(packet, Direction::Down, &pools(), Passage::Open([table, table]))
     }
 
     #[test]
@@ -240,9 +278,41 @@ mod tests {
         for (destination, passes) in [("10.0.0.1", false), ("10.0.0.2", true), ("10.0.0.3", false)] {
             let packet = v4(PEER_V4, destination, 17, &ports(1, 2));
             for tables in [[&old, &new], [&new, &old]] {
-                assert_eq!(check(&packet, Direction::Up, &pools(), tables).is_ok(), passes);
+                assert_eq!(check(&packet, Direction::Up, &pools(), Passage::Open(tables)).is_ok(), passes);
             }
         }
+    }
+
+    #[test]
+    fn peer_that_was_not_answered_reaches_the_post_and_nothing_else() {
+        let ports = |to_post: bool, up: bool| {
+            let office = if to_post { post::PORT } else { post::PORT + 1 };
+            if up { ports(9, office) } else { ports(office, 9) }
+        };
+        let shut = |packet: &[u8], direction| check(packet, direction, &pools(), Passage::Shut);
+        for (own, peer, build) in
+            [("10.9.0.1", PEER_V4, v4 as fn(&str, &str, u8, &[u8]) -> Vec<u8>), ("fd09::1", PEER_V6, v6)]
+        {
+            assert_eq!(shut(&build(peer, own, 6, &ports(true, true)), Direction::Up), Ok(()));
+            assert_eq!(shut(&build(own, peer, 6, &ports(true, false)), Direction::Down), Ok(()));
+            let not = [
+                build(peer, own, 6, &ports(false, true)),
+                build(peer, own, 17, &ports(true, true)),
+                build(peer, own, 6, &ports(true, false)),
+            ];
+            for packet in not {
+                assert_eq!(shut(&packet, Direction::Up), Err(Refusal::PeerToPeer));
+            }
+        }
+        let office = v4(PEER_V4, "10.0.0.1", 6, &ports(true, true));
+        assert_eq!(shut(&office, Direction::Up), Err(Refusal::BeforeHello));
+    }
+
+    #[test]
+    fn post_is_reached_whatever_the_table_lists() {
+        let nothing = table(&[]);
+        assert_eq!(up(&nothing, &v4(PEER_V4, "10.9.0.1", 6, &ports(9, post::PORT))), Ok(()));
+        assert_eq!(down(&nothing, &v4("10.9.0.1", PEER_V4, 6, &ports(post::PORT, 9))), Ok(()));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! `kontor-gateway`: the office end of the tunnel.
 //!
-//! Two threads: the data path (`plane`), which holds all peers, and admission, which verifies leases (`office`)
-//! and remembers them (`store`) before it has a peer made. CAP_NET_ADMIN is needed to make the TUN, and dropped
+//! Three threads: the data path (`plane`), which holds all peers, admission, which verifies leases (`office`)
+//! and remembers them (`store`) before it has a peer made, and the post, which guests say hello to through the
+//! tunnel before anything else of theirs passes. CAP_NET_ADMIN is needed to make the TUN, and dropped
 //! with everything else before the first byte from outside is read.
 //!
 //! Trusted: the settings, the state directory and the tenant's hash in the settings. Not trusted: control, peers, the
@@ -19,6 +20,7 @@ mod office;
 mod packet;
 mod peers;
 mod plane;
+mod post;
 mod socket;
 mod store;
 mod sys;
@@ -27,7 +29,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
@@ -38,13 +40,14 @@ use rustix::event::EventfdFlags;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use tracing_subscriber::EnvFilter;
 
-use admission::{Doorman, ListenError};
+use admission::{Doorman, ListenError, Orders};
 use config::{Config, ConfigError};
 use files::FileError;
 use key::KeyError;
 use office::{Identity, Office, OpenError};
 use peers::Peers;
 use plane::{Counts, Plane};
+use post::Post;
 use socket::Sockets;
 use store::{Store, StoreError};
 
@@ -165,13 +168,20 @@ fn run(path: &Path) -> Result<(), RunError> {
     let sockets =
         Sockets::bind(&config.listen).map_err(|(address, source)| RunError::Bind { address, source })?;
     let tun = open_tun(&config)?;
+    let own = [config.v4.into(), config.v6.into()];
+    let desks = post::listen(&own).map_err(|(address, source)| RunError::Bind { address, source })?;
     let listener = admission::listen(&config.admission)?;
     drop_privileges().map_err(|source| RunError::Kernel("drop privileges", source))?;
 
     let (orders, received) = mpsc::sync_channel(ORDERS_MAX);
     let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|errno| RunError::Kernel("make an eventfd", errno.into()))?;
-    let doormans = wake.try_clone().map_err(|source| RunError::Kernel("copy an eventfd", source))?;
+    let way = || match wake.try_clone() {
+        Ok(wake) => Ok(Orders { orders: orders.clone(), wake }),
+        Err(source) => Err(RunError::Kernel("copy an eventfd", source)),
+    };
+    let (doormans, posts) = (way()?, way()?);
+    drop(orders);
     let mut plane = Plane {
         tunnel,
         peers: Peers::default(),
@@ -191,17 +201,22 @@ fn run(path: &Path) -> Result<(), RunError> {
             tracing::debug!(%device, "of this device");
         }
     }
-    let doorman = Doorman { listener, office, orders, wake: doormans };
-    std::thread::Builder::new()
-        .name("admission".to_owned())
-        .spawn(move || doorman.run())
-        .map_err(|source| RunError::Kernel("start a thread", source))?;
+    let office = Arc::new(Mutex::new(office));
+    let doorman = Doorman { listener, office: Arc::clone(&office), plane: doormans };
+    start("admission", move || doorman.run())?;
+    let post = Post::new(desks, office, posts);
+    start("post", move || post.run())?;
     tracing::info!(peers = plane.peers.len(), "ready");
     let result = plane.run().map_err(RunError::Plane);
     tracing::info!(peers = plane.peers.len(), drops = %plane.drops(), "ends");
     // A next process would replace it as well.
     let _ = std::fs::remove_file(&config.admission);
     result
+}
+
+fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    thread.map(drop).map_err(|source| RunError::Kernel("start a thread", source))
 }
 
 fn open_tun(config: &Config) -> Result<std::os::fd::OwnedFd, RunError> {

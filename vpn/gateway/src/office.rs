@@ -18,8 +18,10 @@ use kontor_trust::{
     LeaseKind, Line, TrustedKeyset,
 };
 
+use kontor_wire::post;
+
 use crate::filter::Table;
-use crate::store::{Store, StoreError, StoredDevice, StoredLine};
+use crate::store::{Store, StoreError, StoredDevice, StoredLine, StoredOpen};
 
 /// The gateway's identity, and all that it remembers.
 pub(crate) struct Office {
@@ -54,6 +56,8 @@ pub(crate) struct Admission {
     pub(crate) revision: u64,
     pub(crate) table: Arc<Table>,
     pub(crate) newest: Newest,
+    /// Whether this boot was answered at the post already.
+    pub(crate) is_open: bool,
 }
 
 /// The newest bundle of a line.
@@ -79,14 +83,30 @@ struct Known {
     issued_at: u64,
     boot_key: [u8; 32],
     seq: u64,
+    /// Whether a `Hello` of this boot was answered at the post.
+    is_open: bool,
     /// Its addresses and until when it has them, as long as its documents verify.
     lease: Option<KnownLease>,
 }
 
 struct KnownLease {
+    hash: Digest,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
     not_after: u64,
+    line: Line,
+    revision: u64,
+    keyset_version: u64,
+}
+
+/// What a `Hello` comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Greeting {
+    /// For the guest.
+    pub(crate) newest: post::Newest,
+    /// The peer that the line's table opens for now: one of this device with this boot key. None where it was
+    /// open before, or where the lease is not on the newest keyset and revision.
+    pub(crate) opens: Option<(DeviceId, [u8; 32])>,
 }
 
 /// What is remembered of a line.
@@ -164,14 +184,19 @@ impl Office {
             office.lines.insert(line, KnownLine { revision, hash, newest: newest.ok() });
         }
         let mut admissions = Vec::new();
+        let answered: BTreeMap<DeviceId, StoredOpen> = office.store.open_boots()?.into_iter().collect();
         for (device, stored) in office.store.devices()? {
+            let is_open = answered.get(&device).is_some_and(|open| open.boot_key == stored.boot_key);
             let restored = office.restore_device(&stored).inspect_err(|error| {
                 tracing::warn!(%error, "a stored lease counts no longer");
                 tracing::debug!(%device, "of this device");
             });
-            let restored = restored.ok();
-            office.devices.insert(device, Known::new(&stored, restored.as_ref()));
-            admissions.extend(restored.filter(|admission| now < admission.not_after));
+            let (lease, admission) = match restored {
+                Ok((lease, admission)) => (Some(lease), Some(Admission { is_open, ..admission })),
+                Err(_) => (None, None),
+            };
+            office.devices.insert(device, Known { is_open, lease, ..Known::new(&stored) });
+            admissions.extend(admission.filter(|admission| now < admission.not_after));
         }
         Ok((office, admissions))
     }
@@ -189,16 +214,52 @@ impl Office {
         if known.is_some_and(|known| known.hash != bundle_hash) {
             return Err(AdmitError::Fork { line: line.clone(), revision: checked.lease.revision });
         }
-        self.remember(&checked, untrusted, KnownLease { v4, v6, not_after: checked.lease.not_after })
-            .map_err(AdmitError::Store)?;
+        let lease = KnownLease::new(&checked.lease, checked.lease_hash, v4, v6);
+        let is_open = self.remember(&checked, untrusted, lease).map_err(AdmitError::Store)?;
         let removed = if self.keyset.version() == checked.keyset.version() {
             Vec::new()
         } else {
             self.keyset = checked.keyset.clone();
             self.review(now).map_err(AdmitError::Store)?
         };
-        let admission = self.admission(&checked.lease, v4, v6, Arc::new(Table::new(&checked.bundle.access)));
+        let table = Arc::new(Table::new(&checked.bundle.access));
+        let admission = Admission { is_open, ..self.admission(&checked.lease, v4, v6, table) };
         Ok(Outcome { admission, removed })
+    }
+
+    /// Answers the `Hello` of whoever has the inner address `from`, at `now` (Unix seconds). That a boot was
+    /// answered is on disk before this returns, so that a restart does not shut it out.
+    pub(crate) fn greet(
+        &mut self,
+        from: IpAddr,
+        lease_hash: &Digest,
+        now: u64,
+    ) -> Result<Greeting, post::Refusal> {
+        let running = |known: &Known| known.lease.as_ref().is_some_and(|lease| lease.admits(from, now));
+        let found = self.devices.iter_mut().find(|(_, known)| running(known));
+        let Some((device, known)) = found else { return Err(post::Refusal::NoLease) };
+        let Some(lease) = &known.lease else { return Err(post::Refusal::NoLease) };
+        if lease.hash != *lease_hash {
+            return Err(post::Refusal::OtherLease);
+        }
+        let newest = post::Newest {
+            lease_hash: lease.hash.0,
+            keyset_version: self.keyset.version(),
+            line: lease.line.to_string(),
+            revision: self.lines.get(&lease.line).map_or(lease.revision, |line| line.revision),
+            now,
+        };
+        let is_newest = (lease.keyset_version, lease.revision) == (newest.keyset_version, newest.revision);
+        if known.is_open || !is_newest {
+            return Ok(Greeting { newest, opens: None });
+        }
+        let boot_key = known.boot_key;
+        if let Err(error) = self.store.put_open(device, &StoredOpen { boot_key }) {
+            tracing::warn!(%error, "a boot that was answered cannot be remembered");
+            return Err(post::Refusal::Broken);
+        }
+        known.is_open = true;
+        Ok(Greeting { newest, opens: Some((device.clone(), boot_key)) })
     }
 
     fn recall(&self, device: &DeviceId, boot_key: &[u8; 32], line: &Line) -> GatewayMemory {
@@ -241,13 +302,14 @@ impl Office {
         Ok((v4, v6))
     }
 
-    /// Writes down what the lease brought: keysets, a newer bundle, and last the lease itself.
+    /// Writes down what the lease brought: keysets, a newer bundle, and last the lease itself. Says whether
+    /// its boot was answered at the post already.
     fn remember(
         &mut self,
         checked: &Checked,
         untrusted: &Admit,
         known_lease: KnownLease,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let mut newest = self.keyset.clone();
         for link in &untrusted.keysets {
             // The whole chain was followed before; each link is followed again to have its own envelope.
@@ -270,9 +332,11 @@ impl Office {
         let serial = checked.device.serial;
         let stored = StoredDevice { serial, issued_at: *issued_at, boot_key: *boot_key, seq: *seq, admit };
         self.store.put_device(device, &stored)?;
-        let known = Known { lease: Some(known_lease), ..Known::new(&stored, None) };
+        let earlier = self.devices.get(device).filter(|known| known.boot_key == *boot_key);
+        let is_open = earlier.is_some_and(|known| known.is_open);
+        let known = Known { is_open, lease: Some(known_lease), ..Known::new(&stored) };
         self.devices.insert(device.clone(), known);
-        Ok(())
+        Ok(is_open)
     }
 
     /// Verifies all that is remembered under a newer keyset, and gives the devices that fail.
@@ -301,10 +365,11 @@ impl Office {
     }
 
     /// Whether a stored lease would still be believed, apart from its time.
-    fn restore_device(&self, stored: &StoredDevice) -> Result<Admission, RestoreError> {
+    fn restore_device(&self, stored: &StoredDevice) -> Result<(KnownLease, Admission), RestoreError> {
         let admit = &stored.admit;
         Device::parse(&self.keyset.verify::<DeviceKind>(&admit.device)?)?;
-        let lease = Lease::parse(&self.keyset.verify::<LeaseKind>(&admit.lease)?)?;
+        let verified = self.keyset.verify::<LeaseKind>(&admit.lease)?;
+        let lease = Lease::parse(&verified)?;
         let bundle = Bundle::parse(&self.keyset.verify::<BundleKind>(&admit.bundle)?)?;
         let own = &self.own.gateway;
         let named = lease.gateways.iter().find(|gateway| gateway.id == own.id);
@@ -312,7 +377,8 @@ impl Office {
             .filter(|named| own.pool_v4.contains(&named.v4) && own.pool_v6.contains(&named.v6))
             .filter(|named| named.v4 != self.own.v4 && named.v6 != self.own.v6)
             .ok_or(RestoreError::Addresses)?;
-        Ok(self.admission(&lease, named.v4, named.v6, Arc::new(Table::new(&bundle.access))))
+        let known = KnownLease::new(&lease, verified.hash(), named.v4, named.v6);
+        Ok((known, self.admission(&lease, named.v4, named.v6, Arc::new(Table::new(&bundle.access)))))
     }
 
     fn admission(&self, lease: &Lease, v4: Ipv4Addr, v6: Ipv6Addr, table: Arc<Table>) -> Admission {
@@ -331,6 +397,7 @@ impl Office {
             revision: lease.revision,
             table,
             newest,
+            is_open: false,
         }
     }
 }
@@ -346,14 +413,25 @@ impl Newest {
 }
 
 impl Known {
-    fn new(stored: &StoredDevice, restored: Option<&Admission>) -> Self {
+    /// What must be surpassed; nothing else yet.
+    fn new(stored: &StoredDevice) -> Self {
         let StoredDevice { serial, issued_at, boot_key, seq, .. } = *stored;
-        let lease = restored.map(|admission| KnownLease {
-            v4: admission.v4,
-            v6: admission.v6,
-            not_after: admission.not_after,
-        });
-        Self { serial, issued_at, boot_key, seq, lease }
+        Self { serial, issued_at, boot_key, seq, is_open: false, lease: None }
+    }
+}
+
+impl KnownLease {
+    fn new(lease: &Lease, hash: Digest, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
+        let Lease { not_after, revision, keyset_version, .. } = *lease;
+        Self { hash, v4, v6, not_after, line: lease.line.clone(), revision, keyset_version }
+    }
+
+    fn admits(&self, from: IpAddr, now: u64) -> bool {
+        let own = match from {
+            IpAddr::V4(address) => address == self.v4,
+            IpAddr::V6(address) => address == self.v6,
+        };
+        own && now < self.not_after
     }
 }
 
@@ -363,7 +441,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::fixture::{Boot, GATEWAY, Tenant};
+    use crate::fixture::{Boot, GATEWAY, Tenant, lease_hash};
 
     const NOW: u64 = 1_000_000;
     const OWN_KEY: [u8; 32] = [9; 32];
@@ -579,6 +657,81 @@ mod tests {
         world.tenant.add_keyset();
         world.admit(&mut world.office(), &boot("pc", 7), 1).unwrap();
         assert_eq!(world.office().keyset.version(), 3);
+    }
+
+    fn hash(world: &World, boot: &Boot, revision: u64) -> Digest {
+        Digest(lease_hash(&world.tenant.admit(boot, &world.bundle(revision))))
+    }
+
+    #[test]
+    fn hello_with_the_lease_opens_the_boot_once_also_across_a_restart_and_a_renewal() {
+        let world = World::new();
+        let mut office = world.office();
+        let first = boot("pc", 7);
+        assert!(!world.admit(&mut office, &first, 1).unwrap().admission.is_open);
+        let known = hash(&world, &first, 1);
+        for from in [IpAddr::V4(first.v4), IpAddr::V6(first.v6)] {
+            let mut office = world.office();
+            let greeting = office.greet(from, &known, NOW + 5).unwrap();
+            assert_eq!(
+                greeting.newest,
+                post::Newest {
+                    lease_hash: known.0,
+                    keyset_version: 1,
+                    line: "sales".into(),
+                    revision: 1,
+                    now: NOW + 5
+                }
+            );
+        }
+        // The first of them opened it, and that is known after a restart.
+        let (mut office, admissions) = world.open(NOW).unwrap();
+        assert!(admissions[0].is_open);
+        assert_eq!(office.greet(first.v4.into(), &known, NOW).unwrap().opens, None);
+        let renewed = Boot { seq: 1, issued_at: NOW + 1, ..first.clone() };
+        assert!(world.admit(&mut office, &renewed, 1).unwrap().admission.is_open);
+        assert_eq!(office.greet(first.v4.into(), &known, NOW + 1), Err(post::Refusal::OtherLease));
+        assert!(office.greet(first.v4.into(), &hash(&world, &renewed, 1), NOW + 1).is_ok());
+        // Another boot of the device begins shut.
+        let next = Boot { boot_key: [8; 32], issued_at: NOW + 2, ..first };
+        assert!(!world.admit(&mut office, &next, 1).unwrap().admission.is_open);
+        let greeting = office.greet(next.v4.into(), &hash(&world, &next, 1), NOW + 2).unwrap();
+        assert_eq!(greeting.opens, Some(("pc".parse().unwrap(), [8; 32])));
+    }
+
+    #[test]
+    fn hello_of_nobody_or_with_another_lease_or_after_the_end_is_refused() {
+        let world = World::new();
+        let mut office = world.office();
+        let first = boot("pc", 7);
+        world.admit(&mut office, &first, 1).unwrap();
+        let known = hash(&world, &first, 1);
+        let neighbour = boot("laptop", 8).v4.into();
+        assert_eq!(office.greet(neighbour, &known, NOW), Err(post::Refusal::NoLease));
+        assert_eq!(office.greet(first.v4.into(), &Digest([1; 32]), NOW), Err(post::Refusal::OtherLease));
+        assert!(office.greet(first.v4.into(), &known, NOW + 599).is_ok());
+        assert_eq!(office.greet(first.v4.into(), &known, NOW + 600), Err(post::Refusal::NoLease));
+    }
+
+    #[test]
+    fn lease_below_the_newest_revision_or_keyset_is_told_so_and_not_opened() {
+        let mut world = World::new();
+        let mut office = world.office();
+        let first = boot("pc", 7);
+        world.admit(&mut office, &first, 1).unwrap();
+        let known = hash(&world, &first, 1);
+        world.admit(&mut office, &boot("laptop", 8), 2).unwrap();
+        let greeting = office.greet(first.v4.into(), &known, NOW).unwrap();
+        assert_eq!((greeting.newest.revision, greeting.opens), (2, None));
+
+        let mut office = world.office();
+        let next = Boot { issued_at: NOW + 1, seq: 1, ..first };
+        world.admit(&mut office, &next, 2).unwrap();
+        let known = hash(&world, &next, 2);
+        world.tenant.add_keyset();
+        world.admit(&mut office, &boot("desk", 9), 2).unwrap();
+        let greeting = office.greet(next.v4.into(), &known, NOW + 1).unwrap();
+        assert_eq!((greeting.newest.keyset_version, greeting.opens), (2, None));
     }
 
     #[test]

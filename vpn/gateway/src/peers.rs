@@ -9,7 +9,7 @@ use std::time::Instant;
 use kontor_trust::{DeviceId, Line};
 use kontor_vpn::{AddPeerError, PeerConfig, PeerId, PublicKey, Routes, Start, Tunnel};
 
-use crate::filter::Table;
+use crate::filter::{Passage, Table};
 use crate::office::{Admission, Newest};
 
 /// The peers of a tunnel that leases admitted.
@@ -32,6 +32,8 @@ struct Admitted {
     table: Arc<Table>,
     /// The line's newest table: the same one, or one to pass besides.
     newest: Arc<Table>,
+    /// Whether its `Hello` was answered at the post, in this boot.
+    is_open: bool,
     /// Unix seconds.
     end: u64,
 }
@@ -50,7 +52,8 @@ impl Peers {
         unix_now: u64,
     ) -> Result<(), AddPeerError> {
         self.take_newest(&admission, unix_now);
-        let Admission { device, boot_key, v4, v6, not_after, line, revision, table, newest } = admission;
+        let Admission { device, boot_key, v4, v6, not_after, line, revision, table, newest, is_open } =
+            admission;
         let end = if revision < newest.revision {
             not_after.min(unix_now.saturating_add(newest.apply_s))
         } else {
@@ -60,6 +63,8 @@ impl Peers {
         let same = earlier.filter(|id| {
             self.admitted.get(id).is_some_and(|peer| (peer.boot_key, peer.v4, peer.v6) == (boot_key, v4, v6))
         });
+        let is_open =
+            is_open || same.is_some_and(|id| self.admitted.get(&id).is_some_and(|peer| peer.is_open));
         let id = match (same, earlier) {
             (Some(id), _) => {
                 self.forget(id);
@@ -83,7 +88,8 @@ impl Peers {
         self.by_device.insert(device.clone(), id);
         self.ends.insert((end, id));
         let newest = newest.table;
-        self.admitted.insert(id, Admitted { device, boot_key, v4, v6, line, revision, table, newest, end });
+        let peer = Admitted { device, boot_key, v4, v6, line, revision, table, newest, is_open, end };
+        self.admitted.insert(id, peer);
         Ok(())
     }
 
@@ -123,9 +129,19 @@ impl Peers {
         self.ends.first().map(|(end, _)| *end)
     }
 
-    /// The tables that a peer's packets must pass, both of them.
-    pub(crate) fn tables(&self, id: PeerId) -> Option<[&Table; 2]> {
-        self.admitted.get(&id).map(|peer| [&*peer.table, &*peer.newest])
+    /// Opens the line's table to the peer of a device, if it still is the one with this boot key.
+    pub(crate) fn open(&mut self, device: &DeviceId, boot_key: &[u8; 32]) {
+        let peer = self.by_device.get(device).and_then(|id| self.admitted.get_mut(id));
+        if let Some(peer) = peer.filter(|peer| peer.boot_key == *boot_key) {
+            peer.is_open = true;
+        }
+    }
+
+    /// What holds for a peer's packets.
+    pub(crate) fn passage(&self, id: PeerId) -> Option<Passage<'_>> {
+        self.admitted.get(&id).map(|peer| {
+            if peer.is_open { Passage::Open([&*peer.table, &*peer.newest]) } else { Passage::Shut }
+        })
     }
 
     /// From now on all peers of the line pass the newest table besides their own, and those on an older
@@ -198,6 +214,7 @@ mod tests {
             revision: newest.revision,
             table: Arc::clone(&newest.table),
             newest: newest.clone(),
+            is_open: true,
         }
     }
 
@@ -235,6 +252,29 @@ mod tests {
     }
 
     #[test]
+    fn peer_is_shut_until_it_is_opened_and_stays_open_for_its_boot_only() {
+        let now = Instant::now();
+        let (mut tunnel, mut peers) = (tunnel(now), Peers::default());
+        let device: DeviceId = "pc".parse().unwrap();
+        let shut =
+            |boot, not_after| Admission { is_open: false, ..admission("pc", boot, 2, not_after, &newest(1)) };
+        let first = shut(1, 1000);
+        peers.admit(first.clone(), &mut tunnel, now, 0).unwrap();
+        let pc = id(&tunnel, 2).unwrap();
+        assert_eq!(peers.passage(pc), Some(Passage::Shut));
+        peers.open(&device, &shut(3, 1000).boot_key);
+        peers.open(&"laptop".parse().unwrap(), &first.boot_key);
+        assert_eq!(peers.passage(pc), Some(Passage::Shut));
+        peers.open(&device, &first.boot_key);
+        assert!(matches!(peers.passage(pc), Some(Passage::Open(_))));
+        // A renewal finds it open, another boot does not.
+        peers.admit(shut(1, 2000), &mut tunnel, now, 500).unwrap();
+        assert!(matches!(peers.passage(pc), Some(Passage::Open(_))));
+        peers.admit(shut(3, 2000), &mut tunnel, now, 500).unwrap();
+        assert_eq!(peers.passage(id(&tunnel, 2).unwrap()), Some(Passage::Shut));
+    }
+
+    #[test]
     fn address_of_another_peer_is_refused() {
         let now = Instant::now();
         let (mut tunnel, mut peers) = (tunnel(now), Peers::default());
@@ -256,11 +296,11 @@ mod tests {
         peers.admit(admission("pc", 1, 2, 1000, &old), &mut tunnel, now, 0).unwrap();
         peers.admit(admission("short", 5, 6, 120, &old), &mut tunnel, now, 0).unwrap();
         let pc = id(&tunnel, 2).unwrap();
-        assert_eq!(peers.tables(pc), Some([&*old.table, &*old.table]));
+        assert_eq!(peers.passage(pc), Some(Passage::Open([&*old.table, &*old.table])));
         peers.admit(admission("laptop", 3, 4, 1000, &new), &mut tunnel, now, 50).unwrap();
-        assert_eq!(peers.tables(pc), Some([&*old.table, &*new.table]));
+        assert_eq!(peers.passage(pc), Some(Passage::Open([&*old.table, &*new.table])));
         let laptop = id(&tunnel, 4).unwrap();
-        assert_eq!(peers.tables(laptop), Some([&*new.table, &*new.table]));
+        assert_eq!(peers.passage(laptop), Some(Passage::Open([&*new.table, &*new.table])));
         assert_eq!(peers.expire(&mut tunnel, 120), 1);
         assert_eq!(peers.expire(&mut tunnel, 50 + APPLY_S - 1), 0);
         assert_eq!(peers.expire(&mut tunnel, 50 + APPLY_S), 1);
@@ -276,7 +316,7 @@ mod tests {
         peers.admit(admission("laptop", 3, 4, 1000, &new), &mut tunnel, now, 50).unwrap();
         peers.admit(admission("pc", 1, 2, 1500, &new), &mut tunnel, now, 60).unwrap();
         let pc = id(&tunnel, 2).unwrap();
-        assert_eq!(peers.tables(pc), Some([&*new.table, &*new.table]));
+        assert_eq!(peers.passage(pc), Some(Passage::Open([&*new.table, &*new.table])));
         assert_eq!(peers.expire(&mut tunnel, 999), 0);
     }
 
@@ -288,7 +328,7 @@ mod tests {
         let restored = Admission { newest: new.clone(), ..admission("pc", 1, 2, 1000, &old) };
         peers.admit(restored, &mut tunnel, now, 10).unwrap();
         let pc = id(&tunnel, 2).unwrap();
-        assert_eq!(peers.tables(pc), Some([&*old.table, &*new.table]));
+        assert_eq!(peers.passage(pc), Some(Passage::Open([&*old.table, &*new.table])));
         assert_eq!(peers.next_end(), Some(10 + APPLY_S));
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!  UDP ─► tunnel ─► source = peer's own ─► table, up ─► TUN
 //!  TUN ─► peer by destination ─► table, down ─► tunnel ─► UDP
-//!  orders (admission's thread) ─► peers            a signal ─► the end
+//!  orders (admission's thread, post's) ─► peers    a signal ─► the end
 //! ```
 //!
 //! It never waits but in `poll`, and reads each descriptor until it has no more, or until a batch is full. What
@@ -23,12 +23,14 @@ use crate::office::Admission;
 use crate::peers::Peers;
 use crate::socket::{Endpoint, Sockets};
 
-/// What admission's thread asks of this one.
+/// What the threads of admission and post ask of this one.
 pub(crate) enum Order {
     /// Make a peer, and say how that went.
     Admit(Box<Admission>, SyncSender<Result<(), AddPeerError>>),
     /// Remove a device's peer.
     Remove(DeviceId),
+    /// The post has answered the peer with this boot key: open its line's table, and say when that is done.
+    Open(DeviceId, [u8; 32], SyncSender<()>),
 }
 
 /// Everything that the data path holds.
@@ -170,7 +172,7 @@ impl Plane {
                 Err(TryRecvError::Empty) => return Ok(()),
                 // A gateway that can admit nobody is better started again.
                 Err(TryRecvError::Disconnected) => {
-                    return Err(io::Error::other("admission's thread is gone"));
+                    return Err(io::Error::other("admission's and post's threads are gone"));
                 }
                 Ok(Order::Admit(admission, answer)) => {
                     self.expire();
@@ -180,6 +182,10 @@ impl Plane {
                 }
                 Ok(Order::Remove(device)) => {
                     self.peers.remove_device(&device, &mut self.tunnel);
+                }
+                Ok(Order::Open(device, boot_key, answer)) => {
+                    self.peers.open(&device, &boot_key);
+                    let _ = answer.send(());
                 }
             }
         }
@@ -205,10 +211,10 @@ impl Plane {
             let Ok(Some(received)) = self.tunnel.handle_datagram(from, &datagram[..len], out, now) else {
                 continue;
             };
-            let Some(tables) = self.peers.tables(received.peer) else {
+            let Some(passage) = self.peers.passage(received.peer) else {
                 continue;
             };
-            match filter::check(received.packet, Direction::Up, &self.pools, tables) {
+            match filter::check(received.packet, Direction::Up, &self.pools, passage) {
                 Ok(()) if rustix::io::write(&self.tun, received.packet).is_err() => self.counts.tun_full += 1,
                 Ok(()) => {}
                 Err(refusal) => {
@@ -250,8 +256,8 @@ impl Plane {
     /// A packet for nobody passes: the tunnel counts it.
     fn check_down(&self, packet: &[u8]) -> Result<(), Refusal> {
         let destination = filter::destination(packet)?;
-        match self.tunnel.peer_by_address(destination).and_then(|peer| self.peers.tables(peer)) {
-            Some(tables) => filter::check(packet, Direction::Down, &self.pools, tables),
+        match self.tunnel.peer_by_address(destination).and_then(|peer| self.peers.passage(peer)) {
+            Some(passage) => filter::check(packet, Direction::Down, &self.pools, passage),
             None => Ok(()),
         }
     }

@@ -3,6 +3,7 @@
 //! ```text
 //! keysets/00000002.json …    the keysets behind the first, as received
 //! lines/<line>.json          the highest revision of the line's bundle, and that bundle
+//! open/<device>.json         the last boot of the device that was answered at the post
 //! devices/<device>.json      the last lease of the device with all that it rests on, and what it must surpass
 //! ```
 //!
@@ -26,6 +27,7 @@ pub(crate) struct Store {
     keysets: PathBuf,
     lines: PathBuf,
     devices: PathBuf,
+    open: PathBuf,
 }
 
 /// What is remembered of a line.
@@ -57,6 +59,14 @@ pub(crate) struct StoredDevice {
     pub(crate) admit: Admit,
 }
 
+/// Which boot of a device was answered at the post.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StoredOpen {
+    #[serde(with = "hex32")]
+    pub(crate) boot_key: [u8; 32],
+}
+
 /// Why the gateway cannot remember.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StoreError {
@@ -74,9 +84,13 @@ pub(crate) enum StoreError {
 
 impl Store {
     pub(crate) fn open(dir: &Path) -> Result<Self, StoreError> {
-        let store =
-            Self { keysets: dir.join("keysets"), lines: dir.join("lines"), devices: dir.join("devices") };
-        for path in [&store.keysets, &store.lines, &store.devices] {
+        let store = Self {
+            keysets: dir.join("keysets"),
+            lines: dir.join("lines"),
+            devices: dir.join("devices"),
+            open: dir.join("open"),
+        };
+        for path in [&store.keysets, &store.lines, &store.devices, &store.open] {
             fs::create_dir_all(path)
                 .map_err(|source| StoreError::Directory { path: path.clone(), source })?;
         }
@@ -110,6 +124,14 @@ impl Store {
 
     pub(crate) fn put_device(&self, device: &DeviceId, stored: &StoredDevice) -> Result<(), StoreError> {
         put(&self.devices, device.as_str(), stored)
+    }
+
+    pub(crate) fn open_boots(&self) -> Result<Vec<(DeviceId, StoredOpen)>, StoreError> {
+        entries(&self.open)
+    }
+
+    pub(crate) fn put_open(&self, device: &DeviceId, stored: &StoredOpen) -> Result<(), StoreError> {
+        put(&self.open, device.as_str(), stored)
     }
 
     fn keyset_path(&self, version: u64) -> PathBuf {
@@ -161,11 +183,16 @@ mod tests {
         store.put_device(&"pc-1".parse().unwrap(), &device()).unwrap();
         store.put_line(&"sales".parse().unwrap(), &line).unwrap();
         store.put_keyset(2, b"keyset").unwrap();
+        store.put_open(&"pc-1".parse().unwrap(), &StoredOpen { boot_key: [3; 32] }).unwrap();
         let store = Store::open(dir.path()).unwrap();
         assert_eq!(store.devices().unwrap(), [("pc-1".parse().unwrap(), device())]);
         assert_eq!(store.lines().unwrap(), [("sales".parse().unwrap(), line)]);
         assert_eq!(store.keyset(2).unwrap().unwrap(), b"keyset");
         assert_eq!(store.keyset(3).unwrap(), None);
+        assert_eq!(
+            store.open_boots().unwrap(),
+            [("pc-1".parse().unwrap(), StoredOpen { boot_key: [3; 32] })]
+        );
     }
 
     #[test]

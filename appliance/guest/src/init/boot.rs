@@ -8,7 +8,9 @@
 //!   ▼
 //! Leased    addresses and routes, kontor-tunnel
 //!   ▼
-//! TunnelUp  state
+//! TunnelUp  hello at the gateway's post
+//!   ▼
+//! Admitted  state
 //!   ▼
 //! StateOpen session, or the probe of a test image
 //!   ▼
@@ -20,10 +22,11 @@
 //! by pulling the plug.
 
 use super::events::{Event, Events};
-use super::lease::{BootKey, BootSecret, Granted};
+use super::lease::{BootKey, BootSecret, Granted, jitter};
+use super::life::Life;
 use super::log::say;
 use super::stop::Stop;
-use super::supervise::Watched;
+use super::supervise::{Lessee, Until, Watched, attend};
 use super::uevent::Uevents;
 use super::uplink::Uplink;
 use super::{lockdown, modules, ports, resolv, root, supervise, tenant, verity};
@@ -92,11 +95,13 @@ pub(crate) struct Leased {
 /// There is a session with the gateway.
 pub(crate) struct TunnelUp {
     before: Verified,
-    #[expect(dead_code, reason = "the next challenge of this boot is asked with it")]
     key: BootKey,
-    granted: Granted,
+    life: Life,
     watched: Watched,
 }
+
+/// The gateway knows nothing newer than this boot's lease.
+pub(crate) struct Admitted(TunnelUp);
 
 /// There is a place for what the user writes.
 pub(crate) struct StateOpen(TunnelUp);
@@ -177,16 +182,21 @@ impl Verified {
                     lease.revision
                 );
             })?;
-        let checked = granted.checked();
-        set_wall_clock(checked.lease.issued_at).map_err(system("set the clock"))?;
-        resolv::write(Path::new(resolv::PATH), &checked.bundle.settings.resolvers)
-            .map_err(system("write the resolvers"))?;
+        adopt(&granted)?;
         report(events, BootState::Leased)?;
         Ok(Leased { before: self, key, secret, granted })
     }
 }
 
-/// One challenge and its answer (`lease.md` 6 to 18); a renewal is the same with a key that was used before.
+/// Sets what a lease in force decides: the clock, the resolvers.
+fn adopt(granted: &Granted) -> Result<(), Stop> {
+    let checked = granted.checked();
+    set_wall_clock(checked.lease.issued_at).map_err(system("set the clock"))?;
+    resolv::write(Path::new(resolv::PATH), &checked.bundle.settings.resolvers)
+        .map_err(system("write the resolvers"))
+}
+
+/// The first challenge of a boot and its answer (`lease.md` 6 to 18).
 fn ask(
     events: &mut Events,
     key: &mut BootKey,
@@ -195,7 +205,7 @@ fn ask(
     watched: &mut Watched,
 ) -> Result<Granted, Stop> {
     let (challenge, fresh) =
-        key.challenge(line.verity.root_hash, floor).map_err(system("make a challenge"))?;
+        key.challenge(line.verity.root_hash, floor, Moment::now()).map_err(system("make a challenge"))?;
     events.tell_host(&FromGuest::Challenge(challenge))?;
     let until = fresh.until();
     loop {
@@ -205,7 +215,9 @@ fn ask(
             }
             Event::Host(FromHost::Refused) => return Err(Stop::Refused),
             Event::Late => return Err(Stop::NoLease),
-            event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_)) => watched.handle(event)?,
+            event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
+                watched.handle(event)?
+            }
         }
     }
 }
@@ -238,20 +250,34 @@ impl Leased {
                 },
                 Event::Tunnel(FromTunnel::Up) => break,
                 Event::Late => return Err(Stop::NoTunnel),
-                event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_)) => watched.handle(event)?,
+                event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
+                    watched.handle(event)?;
+                }
             }
         }
         report(events, BootState::TunnelUp)?;
-        Ok(TunnelUp { before, key, granted, watched })
+        let life = Life::new(granted, jitter, Moment::now());
+        Ok(TunnelUp { before, key, life, watched })
     }
 }
 
 impl TunnelUp {
+    /// Says hello at the gateway's post and compares what it knows (`lease.md` 19).
+    pub(crate) fn greet(mut self, events: &mut Events) -> Result<Admitted, Stop> {
+        let Self { before: Verified { line, floor, .. }, key, life, watched } = &mut self;
+        let mut lessee = Lessee { key, line, floor, adopt };
+        attend(events, watched, life, &mut lessee, Until::Admitted)?;
+        report(events, BootState::Admitted)?;
+        Ok(Admitted(self))
+    }
+}
+
+impl Admitted {
     /// Mounts memory in place of a state disk: what the user writes is gone at power-off.
     pub(crate) fn open_state(self, events: &Events) -> Result<StateOpen, Stop> {
         root::mount_state().map_err(Stop::Files)?;
         report(events, BootState::StateOpen)?;
-        Ok(StateOpen(self))
+        Ok(StateOpen(self.0))
     }
 }
 
@@ -272,10 +298,9 @@ impl StateOpen {
 impl Session {
     /// Keeps the session until something ends it.
     pub(crate) fn keep(self, events: &mut Events) -> Stop {
-        let Self(TunnelUp { before, granted, watched, .. }) = self;
-        let why = supervise::run(events, watched, granted.ends());
-        drop(before);
-        why
+        let Self(TunnelUp { before, mut key, life, watched }) = self;
+        let Verified { line, floor, .. } = &before;
+        supervise::run(events, watched, life, &mut Lessee { key: &mut key, line, floor, adopt })
     }
 }
 

@@ -1,13 +1,18 @@
-//! Everything that PID 1 waits for, in one place: the host, its children, the tunnel, the time.
+//! Everything that PID 1 waits for, in one place: the host, its children, the tunnel, the
+//! gateway's post, the time.
 
 use super::control::{Control, ControlError};
+use super::post::{Call, CallError};
 use crate::clock::{Moment, timespec};
 use crate::link::{FromTunnel, Link, LinkError, ToTunnel};
+use kontor_trust::Digest;
 use kontor_wire::control::{FromGuest, FromHost};
+use kontor_wire::post::FromPost;
 use rustix::event::epoll;
 use rustix::io::{Errno, read};
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 use std::io;
+use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// One thing that happened.
@@ -19,6 +24,8 @@ pub(crate) enum Event {
     Child(Pid, WaitStatus),
     /// The tunnel said something.
     Tunnel(FromTunnel),
+    /// The call to the gateway's post has ended.
+    Post(Result<FromPost, CallError>),
     /// The moment that was waited for has come.
     Late,
 }
@@ -48,13 +55,14 @@ pub(crate) struct Events {
     /// Readable when children ended; only PID 1 reaps, so elsewhere there is none.
     children: Option<OwnedFd>,
     tunnel: Option<Link>,
+    call: Option<Call>,
 }
 
 impl Events {
     /// Waits for the host, and for children when `children` says when there are some.
     pub(crate) fn new(control: Control, children: Option<OwnedFd>) -> Result<Self, EventsError> {
-        let events =
-            Self { set: epoll::create(epoll::CreateFlags::CLOEXEC)?, control, children, tunnel: None };
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let events = Self { set, control, children, tunnel: None, call: None };
         events.watch(events.control.as_fd())?;
         if let Some(children) = &events.children {
             events.watch(children.as_fd())?;
@@ -71,6 +79,20 @@ impl Events {
         self.watch(link.as_fd())?;
         self.tunnel = Some(link);
         Ok(())
+    }
+
+    /// Calls the gateway's post; how that ends comes as an event. A call before it is given up.
+    pub(crate) fn call(&mut self, to: SocketAddrV4, lease_hash: &Digest) -> Result<(), CallError> {
+        let call = Call::begin(to, lease_hash)?;
+        let edges = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        epoll::add(&self.set, &call, epoll::EventData::new_u64(0), edges)?;
+        self.call = Some(call);
+        Ok(())
+    }
+
+    /// Gives the call up.
+    pub(crate) fn hang_up(&mut self) {
+        self.call = None;
     }
 
     /// Says something to the host.
@@ -126,6 +148,10 @@ impl Events {
                 Err(error) => return Err(error.into()),
             }
         }
+        if let Some(outcome) = self.call.as_mut().and_then(Call::proceed) {
+            self.call = None;
+            return Ok(Some(Event::Post(outcome)));
+        }
         self.control.receive().map(|message| message.map(Event::Host)).map_err(EventsError::Control)
     }
 }
@@ -172,6 +198,22 @@ mod tests {
         let mut events = Events::new(control, None).unwrap();
         host.send(&FromHost::Nudge);
         assert!(matches!(events.next(Some(Moment::now())).unwrap(), Event::Late));
+    }
+
+    #[test]
+    fn end_of_a_call_is_heard_and_one_that_was_given_up_is_not() {
+        let (mut host, control) = Host::connected();
+        let mut events = Events::new(control, None).unwrap();
+        let desk = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let std::net::SocketAddr::V4(address) = desk.local_addr().unwrap() else { panic!("no IPv4 address") };
+        events.call(address, &Digest([1; 32])).unwrap();
+        drop(desk.accept().unwrap());
+        assert!(matches!(events.next(soon()).unwrap(), Event::Post(Err(_))));
+        events.call(address, &Digest([1; 32])).unwrap();
+        events.hang_up();
+        drop(desk.accept().unwrap());
+        host.send(&FromHost::Nudge);
+        assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::Nudge)));
     }
 
     #[test]

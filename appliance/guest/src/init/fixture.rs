@@ -81,7 +81,20 @@ impl Office {
 
     /// An answer whose lease was changed before it was signed.
     pub(crate) fn answer_with(&self, challenge: &Challenge, change: impl FnOnce(&mut Lease)) -> LeaseParts {
-        let bundle = self.bundle();
+        self.answer_under(&self.bundle(), challenge, change)
+    }
+
+    /// A good answer on another revision of the bundle.
+    pub(crate) fn answer_on(&self, revision: u64, challenge: &Challenge) -> LeaseParts {
+        self.answer_under(&Bundle { revision, ..self.bundle() }, challenge, |_| {})
+    }
+
+    fn answer_under(
+        &self,
+        bundle: &Bundle,
+        challenge: &Challenge,
+        change: impl FnOnce(&mut Lease),
+    ) -> LeaseParts {
         let mut lease = Lease {
             tenant: self.tenant,
             device: self.device.device.clone(),
@@ -118,7 +131,7 @@ impl Office {
             lease_s_max: LIFE_S,
             apply_s: 60,
             silence_s: 60,
-            lapse_off_s: 60,
+            lapse_off_s: 1,
             gateways: vec![Gateway {
                 id: GATEWAY,
                 key: GATEWAY_KEY,

@@ -1,5 +1,5 @@
 //! The guest's part of the lease (`lease.md` 6, 17, 18): a boot key and a nonce that exist only here, a
-//! question, and the check of the answer.
+//! question, and the check of the answer; then (19) whether the gateway knows anything newer.
 //!
 //! ```text
 //! BootKey ──challenge──► Fresh ──verify (consumes it)──► Granted ─┐
@@ -14,6 +14,7 @@ use crate::link::Configure;
 use kontor_bundle::lease::{Asked, Checked, LeaseError, MAX_WAIT_S, Parts, for_guest};
 use kontor_trust::{Digest, TrustedKeyset};
 use kontor_wire::control::{Challenge, LeaseParts};
+use kontor_wire::post::Newest;
 use rustix::rand::{GetRandomFlags, getrandom};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -24,6 +25,9 @@ use zeroize::Zeroizing;
 /// How often the tunnel shows that it is alive, in seconds: as WireGuard advises behind address
 /// translation.
 const KEEPALIVE_S: u16 = 25;
+
+/// How far the gateway's clock may be from the guest's, in seconds.
+const CLOCK_MAX_S: u64 = 120;
 
 /// The public key of this boot's tunnel and the number of the next challenge for it.
 #[derive(Debug)]
@@ -46,7 +50,34 @@ pub(crate) struct Fresh {
 #[derive(Debug)]
 pub(crate) struct Granted {
     checked: Checked,
+    asked_at: Moment,
     ends: Moment,
+}
+
+/// What the gateway knows otherwise than the lease says.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Stale {
+    #[error("the gateway admits another lease")]
+    Lease,
+    #[error("the lease is under keyset {lease}, the gateway knows {gateway}")]
+    Keyset { lease: u64, gateway: u64 },
+    #[error("the lease is for another line than the gateway knows")]
+    Line,
+    #[error("the lease is on revision {lease}, the gateway knows {gateway}")]
+    Revision { lease: u64, gateway: u64 },
+    #[error("the gateway's clock is {0} s away")]
+    Clock(u64),
+}
+
+/// Why a lease does not take the place of the one before.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RenewError {
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    #[error("the renewed lease is on an older keyset or revision than the one before")]
+    Older,
+    #[error("the renewed lease is for another gateway or address, which takes a new start")]
+    Moved,
 }
 
 impl BootKey {
@@ -57,18 +88,19 @@ impl BootKey {
         Ok((Self { public, next_seq: 0 }, BootSecret(secret)))
     }
 
-    /// Asks for a lease of the image with this root hash; `floor` is the newest keyset in it.
+    /// Asks at `now` for a lease of the image with this root hash; `floor` is the newest keyset in it.
     pub(crate) fn challenge(
         &mut self,
         verity_root: Digest,
         floor: &TrustedKeyset,
+        now: Moment,
     ) -> io::Result<(Challenge, Fresh)> {
         let (nonce, boot_key, seq) = (random()?, self.public, self.next_seq);
         self.next_seq += 1;
         let keyset_version = floor.version();
         let challenge = Challenge { nonce, boot_key, seq, verity_root: verity_root.0, keyset_version };
         let asked = Asked { nonce, boot_key, seq, verity_root };
-        Ok((challenge, Fresh { asked, asked_at: Moment::now() }))
+        Ok((challenge, Fresh { asked, asked_at: now }))
     }
 }
 
@@ -89,7 +121,7 @@ impl Fresh {
         let untrusted = Parts { keysets, device, bundle, lease };
         let checked = for_guest(floor, &untrusted, &self.asked, built_at)?;
         let ends = self.asked_at.after(Duration::from_secs(checked.life_s()));
-        Ok(Granted { checked, ends })
+        Ok(Granted { checked, asked_at: self.asked_at, ends })
     }
 }
 
@@ -104,6 +136,67 @@ impl Granted {
         self.ends
     }
 
+    /// When it was asked for.
+    pub(crate) fn asked_at(&self) -> Moment {
+        self.asked_at
+    }
+
+    /// How long it lasts.
+    pub(crate) fn life(&self) -> Duration {
+        Duration::from_secs(self.checked.life_s())
+    }
+
+    /// How long the gateway may be silent.
+    pub(crate) fn silence(&self) -> Duration {
+        Duration::from_secs(self.checked.bundle.silence_s)
+    }
+
+    /// How long after its end the power goes off.
+    pub(crate) fn lapse_off(&self) -> Duration {
+        Duration::from_secs(self.checked.bundle.lapse_off_s)
+    }
+
+    /// Whether it can take the place of `before` without a new start, and brings nothing old back.
+    pub(crate) fn follows(&self, before: &Self) -> Result<(), RenewError> {
+        let (lease, old) = (&self.checked.lease, &before.checked.lease);
+        if (lease.keyset_version, lease.revision) < (old.keyset_version, old.revision)
+            || lease.revision < old.revision
+        {
+            return Err(RenewError::Older);
+        }
+        let way = |granted: &Self| {
+            let own = granted.checked.lease.gateways.first().cloned();
+            let gateway = own.as_ref().and_then(|own| granted.checked.bundle.gateway(own.id));
+            own.zip(gateway.map(|gateway| (gateway.key, gateway.v4)))
+        };
+        if way(self) == way(before) { Ok(()) } else { Err(RenewError::Moved) }
+    }
+
+    /// Compares the lease at `now` with the newest that the gateway knows.
+    pub(crate) fn compare(&self, newest: &Newest, now: Moment) -> Result<(), Stale> {
+        let Checked { lease, lease_hash, .. } = &self.checked;
+        let clock = lease.issued_at.saturating_add(now.since(self.asked_at).as_secs());
+        if newest.lease_hash != lease_hash.0 {
+            Err(Stale::Lease)
+        } else if newest.keyset_version != lease.keyset_version {
+            Err(Stale::Keyset { lease: lease.keyset_version, gateway: newest.keyset_version })
+        } else if newest.line != lease.line.as_str() {
+            Err(Stale::Line)
+        } else if newest.revision != lease.revision {
+            Err(Stale::Revision { lease: lease.revision, gateway: newest.revision })
+        } else if newest.now.abs_diff(clock) > CLOCK_MAX_S {
+            Err(Stale::Clock(newest.now.abs_diff(clock)))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Where the primary gateway's post is: its own inner address, from the bundle.
+    pub(crate) fn post(&self) -> Option<Ipv4Addr> {
+        let own = self.checked.lease.gateways.first()?;
+        self.checked.bundle.gateway(own.id).map(|gateway| gateway.v4)
+    }
+
     /// The inner addresses at the primary gateway, which is the first that the lease names.
     pub(crate) fn addresses(&self) -> Option<(Ipv4Addr, Ipv6Addr)> {
         self.checked.lease.gateways.first().map(|gateway| (gateway.v4, gateway.v6))
@@ -113,7 +206,7 @@ impl Granted {
     /// given away and exists in this process no more once the result is dropped.
     pub(crate) fn configure(&self, secret: BootSecret) -> Option<Configure> {
         let own = self.checked.lease.gateways.first()?;
-        let gateway = self.checked.bundle.gateways.iter().find(|gateway| gateway.id == own.id)?;
+        let gateway = self.checked.bundle.gateway(own.id)?;
         Some(Configure {
             private_key: secret.0.to_bytes(),
             gateway: gateway.id,
@@ -123,6 +216,12 @@ impl Granted {
             keepalive_s: KEEPALIVE_S,
         })
     }
+}
+
+/// A number that nobody can guess, for jitter; the same one should the kernel refuse, which only makes guests
+/// less different from each other.
+pub(crate) fn jitter() -> u32 {
+    random().map_or(0, |[a, b, c, d, ..]| u32::from_le_bytes([a, b, c, d]))
 }
 
 fn random() -> io::Result<[u8; 32]> {
@@ -135,15 +234,34 @@ fn random() -> io::Result<[u8; 32]> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::init::fixture::{GATEWAY, GATEWAY_KEY, ISSUED_AT, LIFE_S, Office, V4, V6};
 
     const ROOT: Digest = Digest([3; 32]);
 
+    /// What a gateway says at `now` of a lease that is the newest.
+    pub(crate) fn newest(granted: &Granted, now: Moment) -> Newest {
+        let Checked { lease, lease_hash, .. } = granted.checked();
+        Newest {
+            lease_hash: lease_hash.0,
+            keyset_version: lease.keyset_version,
+            line: lease.line.to_string(),
+            revision: lease.revision,
+            now: lease.issued_at + now.since(granted.asked_at()).as_secs(),
+        }
+    }
+
+    impl Granted {
+        /// The same with another end.
+        pub(crate) fn ending(self, ends: Moment) -> Self {
+            Self { ends, ..self }
+        }
+    }
+
     fn asked(office: &Office) -> (BootSecret, Challenge, Fresh) {
         let (mut key, secret) = BootKey::generate().unwrap();
-        let (challenge, fresh) = key.challenge(ROOT, &office.floor()).unwrap();
+        let (challenge, fresh) = key.challenge(ROOT, &office.floor(), Moment::now()).unwrap();
         (secret, challenge, fresh)
     }
 
@@ -175,8 +293,8 @@ mod tests {
     fn each_challenge_has_its_own_nonce_and_the_next_number_for_the_same_key() {
         let office = Office::new();
         let (mut key, _) = BootKey::generate().unwrap();
-        let (first, _) = key.challenge(ROOT, &office.floor()).unwrap();
-        let (second, fresh) = key.challenge(ROOT, &office.floor()).unwrap();
+        let (first, _) = key.challenge(ROOT, &office.floor(), Moment::now()).unwrap();
+        let (second, fresh) = key.challenge(ROOT, &office.floor(), Moment::now()).unwrap();
         assert_eq!((first.seq, second.seq), (0, 1));
         assert_eq!(first.boot_key, second.boot_key);
         assert_ne!(first.nonce, second.nonce);
@@ -212,6 +330,53 @@ mod tests {
         let (_, challenge, fresh) = asked(&office);
         let old = fresh.verify(office.answer(&challenge), &office.floor(), ISSUED_AT + 1);
         assert!(matches!(old, Err(LeaseError::BeforeBuild { .. })));
+    }
+
+    fn granted(office: &Office) -> Granted {
+        let (_, challenge, fresh) = asked(office);
+        fresh.verify(office.answer(&challenge), &office.floor(), ISSUED_AT).unwrap()
+    }
+
+    #[test]
+    fn each_difference_from_what_the_gateway_knows_is_stale() {
+        let granted = granted(&Office::new());
+        let now = granted.asked_at().after(Duration::from_secs(10));
+        let newest = newest(&granted, now);
+        assert_eq!(granted.compare(&newest, now), Ok(()));
+        let stale = |change: &dyn Fn(&mut Newest)| {
+            let mut changed = newest.clone();
+            change(&mut changed);
+            granted.compare(&changed, now)
+        };
+        assert_eq!(stale(&|newest| newest.lease_hash[0] ^= 1), Err(Stale::Lease));
+        let keyset = |gateway| Err(Stale::Keyset { lease: 1, gateway });
+        assert_eq!(stale(&|newest| newest.keyset_version = 2), keyset(2));
+        assert_eq!(stale(&|newest| newest.keyset_version = 0), keyset(0));
+        assert_eq!(stale(&|newest| newest.line = "other".into()), Err(Stale::Line));
+        assert_eq!(stale(&|newest| newest.revision = 4), Err(Stale::Revision { lease: 3, gateway: 4 }));
+        for sign in [1, -1] {
+            let off =
+                |by: i64| stale(&move |newest| newest.now = newest.now.saturating_add_signed(sign * by));
+            assert_eq!(off(120), Ok(()));
+            assert_eq!(off(121), Err(Stale::Clock(121)));
+        }
+    }
+
+    #[test]
+    fn renewal_to_another_place_or_back_in_time_does_not_follow() {
+        let office = Office::new();
+        let before = granted(&office);
+        assert!(granted(&office).follows(&before).is_ok());
+        let (_, challenge, fresh) = asked(&office);
+        let answer = office.answer_with(&challenge, |lease| {
+            lease.gateways[0].v4 = Ipv4Addr::new(10, 90, 0, 8);
+        });
+        let moved = fresh.verify(answer, &office.floor(), ISSUED_AT).unwrap();
+        assert!(matches!(moved.follows(&before), Err(RenewError::Moved)));
+        let (_, challenge, fresh) = asked(&office);
+        let newer = fresh.verify(office.answer_on(4, &challenge), &office.floor(), ISSUED_AT).unwrap();
+        assert!(newer.follows(&before).is_ok());
+        assert!(matches!(before.follows(&newer), Err(RenewError::Older)));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `kontor-init`: the guest's PID 1, from the initrd to the power switch.
 //!
-//! [`boot`] is the way up, [`supervise`] the time in between, [`stop`] the way down. It is one thread
+//! [`boot`] is the way up, [`supervise`] the time in between, of which [`life`] decides how long it lasts, [`stop`]
+//! the way down. It is one thread
 //! with one event loop, parses no packet, and starts no program but the tunnel and, in test images, the
 //! probe.
 
@@ -10,10 +11,12 @@ mod events;
 #[cfg(test)]
 mod fixture;
 mod lease;
+mod life;
 mod lockdown;
 mod log;
 mod modules;
 mod ports;
+mod post;
 mod resolv;
 mod root;
 mod stop;
@@ -72,5 +75,5 @@ fn connect() -> Result<(Uevents, Events), Stop> {
 fn boot(uevents: Uevents, events: &mut Events) -> Result<Session, Stop> {
     let verified = Early::reached(uevents, events)?.verify(events)?;
     let tunnel_up = verified.lease(events)?.connect(events)?;
-    tunnel_up.open_state(events)?.begin(events)
+    tunnel_up.greet(events)?.open_state(events)?.begin(events)
 }

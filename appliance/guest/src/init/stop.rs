@@ -5,6 +5,7 @@
 
 use super::control::{ControlError, send_last};
 use super::events::EventsError;
+use super::lease::Stale;
 use super::lockdown::LockdownError;
 use super::log::say;
 use super::modules::ModuleError;
@@ -78,6 +79,10 @@ pub(crate) enum Stop {
     Link(#[source] LinkError),
     #[error("the tunnel's process ended ({0})")]
     TunnelDied(End),
+    #[error("something newer than the lease is known")]
+    Stale(#[source] Stale),
+    #[error("nothing came from the gateway for too long")]
+    Silent,
     #[error("the lease ran out")]
     LeaseExpired,
     #[error("{doing}")]
@@ -99,7 +104,8 @@ impl Stop {
             Self::NoUplink | Self::Uplink(_) => StopReason::NoUplink,
             Self::NoLease | Self::Refused => StopReason::NoLease,
             Self::Lease(_) => StopReason::BadLease,
-            Self::NoTunnel => StopReason::NoTunnel,
+            Self::NoTunnel | Self::Silent => StopReason::NoTunnel,
+            Self::Stale(_) => StopReason::Stale,
             Self::Tunnel(TunnelFault::Uplink) => StopReason::UplinkFailed,
             Self::Tunnel(
                 TunnelFault::Start | TunnelFault::Link | TunnelFault::Tun | TunnelFault::GatewayKey,
@@ -234,6 +240,8 @@ mod tests {
             (Stop::NoTunnel, StopReason::NoTunnel),
             (Stop::Tunnel(TunnelFault::Uplink), StopReason::UplinkFailed),
             (Stop::Tunnel(TunnelFault::Tun), StopReason::ProcessDied),
+            (Stop::Stale(Stale::Line), StopReason::Stale),
+            (Stop::Silent, StopReason::NoTunnel),
             (Stop::LeaseExpired, StopReason::LeaseExpired),
             (Stop::System { doing: "test", source: io() }, StopReason::Internal),
         ];

@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// Packets taken from the interface in one round.
 const PACKETS_MAX: usize = 64;
+/// Least time between two words to init that the gateway was heard.
+const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// More than the interface's MTU, so that a longer packet shows as one.
 const PACKET_BUFFER: usize = 2048;
 
@@ -95,6 +97,7 @@ struct Session {
     tunnel: Tunnel<GatewayId>,
     peer: PeerId,
     up: bool,
+    heard_at: Option<Instant>,
 }
 
 impl<'l, U: Uplink> Engine<'l, U> {
@@ -149,7 +152,7 @@ impl<'l, U: Uplink> Engine<'l, U> {
             self.uplink.push(transmit.to, &out[..transmit.len]);
         }
         self.uplink.send_batch().map_err(EngineError::Uplink)?;
-        if let Some(news) = session.news() {
+        while let Some(news) = session.news() {
             self.link.send(&news).map_err(EngineError::Link)?;
         }
         Ok(Go::On)
@@ -206,17 +209,22 @@ impl Session {
             keepalive_s: Some(configure.keepalive_s),
         };
         let peer = tunnel.add_peer(&gateway, now).map_err(EngineError::Gateway)?;
-        Ok(Self { tunnel, peer, up: false })
+        Ok(Self { tunnel, peer, up: false, heard_at: None })
     }
 
     /// What init does not know yet.
     fn news(&mut self) -> Option<FromTunnel> {
-        let up = self.tunnel.status(self.peer).is_some_and(|status| status.established);
-        if up == self.up {
-            return None;
+        let status = self.tunnel.status(self.peer)?;
+        if status.established != self.up {
+            self.up = status.established;
+            return Some(if self.up { FromTunnel::Up } else { FromTunnel::Down });
         }
-        self.up = up;
-        Some(if up { FromTunnel::Up } else { FromTunnel::Down })
+        let received = status.last_received?;
+        if self.heard_at.is_none_or(|heard| received >= heard + HEARD_EVERY) {
+            self.heard_at = Some(received);
+            return Some(FromTunnel::Heard);
+        }
+        None
     }
 }
 
@@ -395,6 +403,7 @@ pub(super) mod tests {
             self.init.send(&configure()).unwrap();
             assert!(self.gateway_takes_a_frame().is_none());
             assert_eq!(self.heard(), FromTunnel::Up);
+            assert_eq!(self.heard(), FromTunnel::Heard);
         }
 
         fn send_frame(&mut self, datagram: &[u8]) {

@@ -15,6 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::ExitCode;
 
 use kontor_bundle::{Destination, Protocol};
+use kontor_wire::post::{FromPost, Refusal};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use office::Boot;
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Before libtest-mimic has threads.
     let missing = net::enter_namespace().err();
-    let tests: [(&str, fn()); 15] = [
+    let tests: [(&str, fn()); 18] = [
         ("pings_and_datagrams_pass_both_ways", pings_and_datagrams_pass_both_ways),
         ("what_the_bundle_does_not_list_is_dropped", what_the_bundle_does_not_list_is_dropped),
         ("peers_do_not_reach_each_other", peers_do_not_reach_each_other),
@@ -39,6 +40,9 @@ fn main() -> ExitCode {
         ("newer_keyset_removes_the_peers_of_a_stolen_key", newer_keyset_removes_peers),
         ("peer_that_moves_to_another_address_goes_on", peer_that_moves_goes_on),
         ("gateway_that_runs_has_no_capability_left", gateway_has_no_capability_left),
+        ("nothing_but_the_post_is_reached_before_hello", nothing_is_reached_before_hello),
+        ("hello_with_another_lease_is_refused", hello_with_another_lease_is_refused),
+        ("answer_of_the_post_is_what_the_gateway_knows", answer_is_what_the_gateway_knows),
         ("key_is_made_once_and_printed", key_is_made_once_and_printed),
         ("exit_codes_tell_what_is_wrong", exit_codes_tell_what_is_wrong),
     ];
@@ -227,9 +231,11 @@ fn another_boot_takes_the_place() {
     assert!(before.ping(site.server_v4()));
     let next = site.boot("pc", 7);
     let next = Boot { boot_key: vm::public_key(77), issued_at: next.issued_at + 1, ..next };
-    gateway.admit(&site.tenant.admit(&next, &site.open_bundle())).unwrap();
+    let admit = site.tenant.admit(&next, &site.open_bundle());
+    gateway.admit(&admit).unwrap();
     let mut after = Vm::with_key(&gateway, &next, 77);
     after.connect();
+    site.greet(&mut after, &admit);
     before.send_ping(site.server_v4());
     assert!(after.ping(site.server_v4()));
     assert!(before.is_silent());
@@ -297,6 +303,61 @@ fn gateway_has_no_capability_left() {
             assert!(line.ends_with(value), "{line}");
         }
     }
+}
+
+fn nothing_is_reached_before_hello() {
+    let site = Site::new(16);
+    let gateway = site.start();
+    let admit = site.tenant.admit(&site.boot("pc", 7), &site.open_bundle());
+    gateway.admit(&admit).unwrap();
+    let mut vm = Vm::new(&gateway, &site.boot("pc", 7));
+    vm.connect();
+    let server = UdpSocket::bind((site.server_v4(), 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    vm.send_udp(site.server_v4(), port, b"early");
+    vm.send_ping(site.post());
+    site.greet(&mut vm, &admit);
+    vm.send_udp(site.server_v4(), port, b"late");
+    server.set_read_timeout(Some(process::PATIENCE)).unwrap();
+    let mut buffer = [0; 64];
+    let (len, _) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(&buffer[..len], b"late");
+    let drops = gateway.stop();
+    assert!(drops.contains("up_before_hello=1") && drops.contains("up_peer_to_peer=1"), "{drops}");
+}
+
+fn hello_with_another_lease_is_refused() {
+    let site = Site::new(17);
+    let gateway = site.start();
+    gateway.admit(&site.tenant.admit(&site.boot("pc", 7), &site.open_bundle())).unwrap();
+    let mut vm = Vm::new(&gateway, &site.boot("pc", 7));
+    vm.connect();
+    assert_eq!(vm.hello(site.post(), [1; 32]), FromPost::Refused(Refusal::OtherLease));
+    vm.send_ping(site.server_v4());
+    let mut witness = site.admitted_vm(&gateway, &site.boot("witness", 8), &site.open_bundle());
+    assert!(witness.ping(site.server_v4()));
+    assert!(vm.is_silent());
+}
+
+fn answer_is_what_the_gateway_knows() {
+    let site = Site::new(18);
+    let gateway = site.start();
+    let admit = site.tenant.admit(&site.boot("pc", 7), &site.bundle(4, Vec::new()));
+    gateway.admit(&admit).unwrap();
+    let mut vm = Vm::new(&gateway, &site.boot("pc", 7));
+    vm.connect();
+    let lease_hash = office::lease_hash(&admit);
+    for post in [site.post(), site.post_v6()] {
+        let before = unix_now();
+        let FromPost::Admitted(newest) = vm.hello(post, lease_hash) else { panic!("refused") };
+        assert!((before..=unix_now()).contains(&newest.now));
+        let known = (newest.lease_hash, newest.keyset_version, newest.line.as_str(), newest.revision);
+        assert_eq!(known, (lease_hash, 1, office::LINE, 4));
+    }
+    // Another device of the line comes with a newer revision.
+    gateway.admit(&site.tenant.admit(&site.boot("laptop", 8), &site.bundle(5, Vec::new()))).unwrap();
+    let FromPost::Admitted(newest) = vm.hello(site.post(), lease_hash) else { panic!("refused") };
+    assert_eq!(newest.revision, 5);
 }
 
 fn key_is_made_once_and_printed() {

@@ -24,6 +24,7 @@ pub(crate) fn enter_namespace() -> Result<(), String> {
 }
 
 const ICMP: u8 = 1;
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 const SOURCE_PORT: u16 = 5555;
@@ -40,6 +41,39 @@ pub(crate) fn udp(source: IpAddr, destination: IpAddr, port: u16, content: &[u8]
     let len = u16::try_from(8 + content.len()).unwrap();
     let header = [SOURCE_PORT.to_be_bytes(), port.to_be_bytes(), len.to_be_bytes(), [0; 2]].concat();
     packet(source, destination, UDP, [&header, content].concat(), 6)
+}
+
+/// Flags of a TCP segment (RFC 9293, 3.1).
+pub(crate) const FIN: u8 = 1;
+pub(crate) const SYN: u8 = 2;
+pub(crate) const RST: u8 = 4;
+pub(crate) const ACK: u8 = 16;
+
+/// A TCP segment from [`SOURCE_PORT`].
+pub(crate) fn tcp(
+    (source, destination): (IpAddr, IpAddr),
+    port: u16,
+    (flags, sequence, acknowledged): (u8, u32, u32),
+    content: &[u8],
+) -> Vec<u8> {
+    let ports = [SOURCE_PORT.to_be_bytes(), port.to_be_bytes()].concat();
+    let numbers = [sequence.to_be_bytes(), acknowledged.to_be_bytes()].concat();
+    // Five words of header, a window, then checksum and urgent pointer.
+    let rest = [0x50, flags, 0xff, 0xff, 0, 0, 0, 0];
+    packet(source, destination, TCP, [&ports, &numbers, &rest[..], content].concat(), 16)
+}
+
+/// What a TCP segment of `port` says: its flags, its number and its content.
+pub(crate) fn read_tcp(packet: &[u8], port: u16) -> Option<(u8, u32, &[u8])> {
+    let (protocol, segment) = match packet[0] >> 4 {
+        4 => (packet[9], &packet[20..]),
+        _ => (packet[6], &packet[40..]),
+    };
+    if protocol != TCP || segment[..2] != port.to_be_bytes() {
+        return None;
+    }
+    let sequence = u32::from_be_bytes(segment[4..8].try_into().unwrap());
+    Some((segment[13], sequence, &segment[usize::from(segment[12] >> 4) * 4..]))
 }
 
 /// A packet around `payload`, with the payload's checksum put at `checksum_at`.

@@ -17,7 +17,9 @@ use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use crate::office::{Boot, GATEWAY, Tenant};
+use kontor_wire::post::FromPost;
+
+use crate::office::{self, Boot, GATEWAY, Tenant};
 use crate::vm::{self, Vm};
 
 /// How long a test waits for what must come.
@@ -180,12 +182,30 @@ impl Site {
         gateway
     }
 
-    /// A VM that was admitted and has a session.
+    /// A VM that was admitted, has a session and has said hello.
     pub(crate) fn admitted_vm(&self, gateway: &Gateway, boot: &Boot, bundle: &Bundle) -> Vm {
-        gateway.admit(&self.tenant.admit(boot, bundle)).unwrap();
+        let admit = self.tenant.admit(boot, bundle);
+        gateway.admit(&admit).unwrap();
         let mut vm = Vm::new(gateway, boot);
         vm.connect();
+        self.greet(&mut vm, &admit);
         vm
+    }
+
+    /// Lets a VM with a session say hello.
+    pub(crate) fn greet(&self, vm: &mut Vm, admit: &Admit) {
+        let answer = vm.hello(self.post(), office::lease_hash(admit));
+        assert!(matches!(answer, FromPost::Admitted(_)), "{answer:?}");
+    }
+
+    /// The gateway's own inner address.
+    pub(crate) fn post(&self) -> IpAddr {
+        Ipv4Addr::new(10, self.number, 0, 1).into()
+    }
+
+    /// The same of the other family.
+    pub(crate) fn post_v6(&self) -> IpAddr {
+        Ipv6Addr::new(0xfd00 + u16::from(self.number), 0, 0, 0, 0, 0, 0, 1).into()
     }
 
     /// Runs the gateway with settings that it ends on, and gives its exit code.

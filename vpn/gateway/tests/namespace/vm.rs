@@ -9,7 +9,10 @@ use kontor_vpn::{
     StaticSecret, Tunnel,
 };
 
-use crate::net;
+use kontor_wire::post::{FromPost, MAX_FROM_GATEWAY, PORT, ToPost};
+use kontor_wire::{Decoder, encode};
+
+use crate::net::{self, ACK, FIN, RST, SYN};
 use crate::office::Boot;
 use crate::process::{Gateway, PATIENCE};
 
@@ -92,6 +95,36 @@ impl Vm {
     /// Waits for the first session.
     pub(crate) fn connect(&mut self) {
         assert!(self.run(|vm, _| vm.handshakes > 0), "no session");
+    }
+
+    /// Says hello at the gateway's post (`post` is one of its inner addresses), over as little of TCP as there can be.
+    pub(crate) fn hello(&mut self, post: IpAddr, lease_hash: [u8; 32]) -> FromPost {
+        let ends = (self.address(post), post);
+        let first = 1000;
+        self.send_packet(&net::tcp(ends, PORT, (SYN, first, 0), b""));
+        let segment = |packet: &[u8]| net::read_tcp(packet, PORT).is_some_and(|(flags, ..)| flags & ACK != 0);
+        let packet = self.receive(segment).expect("the post accepts");
+        let (flags, theirs, _) = net::read_tcp(&packet, PORT).unwrap();
+        assert_eq!(flags, SYN | ACK);
+        let hello = encode(&ToPost::Hello { lease_hash });
+        self.send_packet(&net::tcp(ends, PORT, (ACK, first + 1, theirs + 1), &hello));
+        let mut decoder = Decoder::new(MAX_FROM_GATEWAY);
+        let mut expected = theirs + 1;
+        loop {
+            let packet = self.receive(segment).expect("the post answers");
+            let (flags, number, content) = net::read_tcp(&packet, PORT).unwrap();
+            if number != expected {
+                continue;
+            }
+            decoder.push(content);
+            expected += u32::try_from(content.len()).unwrap();
+            if flags & FIN != 0 {
+                // Nothing more comes after this, not even from the kernel's timers.
+                let sent = first + 1 + u32::try_from(hello.len()).unwrap();
+                self.send_packet(&net::tcp(ends, PORT, (RST | ACK, sent, expected + 1), b""));
+                return decoder.next_message().unwrap().expect("an answer");
+            }
+        }
     }
 
     /// Forgets its session and makes another.

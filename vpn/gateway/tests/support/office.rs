@@ -41,6 +41,14 @@ pub(crate) struct Boot {
     pub(crate) life_s: u64,
 }
 
+/// SHA-256 of the payload of a lease that this office issued.
+pub(crate) fn lease_hash(admit: &Admit) -> [u8; 32] {
+    use base64::Engine;
+    let envelope: serde_json::Value = serde_json::from_slice(&admit.lease).unwrap();
+    let payload = envelope["payload"].as_str().unwrap();
+    Digest::of(&base64::engine::general_purpose::STANDARD.decode(payload).unwrap()).0
+}
+
 fn key() -> SecretKey {
     SecretKey::generate().unwrap()
 }
