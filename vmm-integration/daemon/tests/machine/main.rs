@@ -73,6 +73,7 @@ fn main() -> ExitCode {
         guest_that_does_not_power_off_is_made_to,
         office_that_refuses_is_quoted,
         office_that_does_not_work_is_unreachable,
+        office_with_another_key_gets_no_request,
         answer_that_does_not_verify_stops_the_boot,
         emulation_and_test_images_need_the_policy,
         release_below_the_floor_is_not_started,
@@ -318,6 +319,13 @@ fn office_that_does_not_work_is_unreachable() {
     let (world, ran) = run_with(&Setup { mode: "broken", ..Setup::new("ready") });
     ended(&ran, 5, "the office answers with HTTP status 500 Internal Server Error");
     assert_eq!(stopped(&world), ("no-lease".into(), false));
+}
+
+fn office_with_another_key_gets_no_request() {
+    let (world, ran) = run_with(&Setup { mode: "stranger", ..Setup::new("ready") });
+    ended(&ran, 5, "somebody else answers as the office");
+    assert_eq!(stopped(&world), ("no-lease".into(), false));
+    assert!(world.status()["office"].as_str().unwrap().contains("tell IT"));
 }
 
 fn answer_that_does_not_verify_stops_the_boot() {

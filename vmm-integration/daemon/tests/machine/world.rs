@@ -150,7 +150,10 @@ impl World {
         let tenant = Tenant::new();
         let (path, own) = (dir.path().to_str().unwrap(), own_program());
         let papers = dir.path().join("office");
-        let key = SecretKey::from_pkcs8(tenant.control.to_pkcs8()).unwrap();
+        let key = match setup.mode {
+            "stranger" => SecretKey::generate().unwrap(),
+            _ => SecretKey::from_pkcs8(tenant.control.to_pkcs8()).unwrap(),
+        };
         let office = https::serve(key, move |_, request| stub::office(&papers, request));
         let config = format!(
             "state = '{path}/state'\nsocket = '{path}/kontord.sock'\ntenant = '{}'\ndevice = '{}'\n\
