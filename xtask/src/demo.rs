@@ -7,7 +7,7 @@ use crate::{
     packages,
     report::{ImageSize, Leak, Memory, Page, Report, Step, Uplink},
     run::{Error, Result, at},
-    scene::{Scene, read_page, resident_kib, running},
+    scene::{LEASE_S, Scene, read_page, resident_kib, running},
     world::{self, Role},
 };
 use serde_json::Value;
@@ -49,7 +49,8 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
     let step = |text: &str| eprintln!("   {text}");
     step("founding an office, enrolling a home PC");
-    let scene = Scene::open(&plan)?;
+    world::make()?;
+    let scene = Scene::open(&plan, LEASE_S)?;
     step("starting the work VM");
     scene.home.start()?;
     let status = scene.home.status()?;

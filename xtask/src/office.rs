@@ -29,6 +29,8 @@ pub(crate) const LARGE_FILE_LEN: usize = 8 << 20;
 /// The device's line and name.
 const LINE: &str = "sales";
 pub(crate) const DEVICE: &str = "anna-1";
+/// Longest time from a lease's end to the work VM's; a quarter of the lease's life where that is less.
+const LAPSE_OFF_S_MAX: u64 = 60;
 /// Memory of the work VM in MiB.
 pub(crate) const MEMORY_MIB: u64 = 128;
 
@@ -127,7 +129,7 @@ min_release = 1
 lease_s_max = {lease_s}
 apply_s = 60
 silence_s = 180
-lapse_off_s = 60
+lapse_off_s = {lapse_off_s}
 
 [[gateways]]
 id = {GATEWAY_ID}
@@ -153,6 +155,7 @@ protocol = "udp"
 ports = [53, 53]
 "#,
             tenant = self.tenant,
+            lapse_off_s = (lease_s / 4).min(LAPSE_OFF_S_MAX),
         );
         let file = self.path("bundle.toml");
         write(&file, source.as_bytes())?;
@@ -243,6 +246,19 @@ keyset = {keyset:?}
         let (child, _) = await_line(&mut command, &self.path("gateway.log"), "ready")?;
         self.gateway = Some(child);
         Ok(())
+    }
+
+    /// Takes control away: whoever asks it gets no answer from now on.
+    pub(crate) fn lose_control(&self) -> Result<()> {
+        let control = self.control_directory();
+        fs::rename(&control, self.path("control.lost")).map_err(at("move away", &control))
+    }
+
+    /// Lines that the gateway has logged so far and that hold `words`.
+    pub(crate) fn gateway_said(&self, words: &str) -> Result<Vec<String>> {
+        let log = self.path("gateway.log");
+        let text = fs::read_to_string(&log).map_err(at("read", &log))?;
+        Ok(text.lines().filter(|line| line.contains(words)).map(str::to_owned).collect())
     }
 
     /// Kills the gateway, as a crash would.

@@ -7,7 +7,7 @@ use crate::{
     probe::Probe,
     run::{Error, Result, quietly},
     workvm::HomePc,
-    world::{self, HOME_LINK, Host},
+    world::{HOME_LINK, Host},
 };
 use std::{
     fs,
@@ -37,12 +37,12 @@ pub(crate) struct Recording {
 }
 
 impl Scene {
-    /// Makes the hosts, founds the office, enrols the home PC and opens for business. No work VM yet.
-    pub(crate) fn open(plan: &Plan) -> Result<Self> {
-        world::make()?;
+    /// Founds an office whose leases live for `lease_s`, enrols the home PC and opens for business, on hosts that
+    /// [`make`](crate::world::make) made. No work VM yet.
+    pub(crate) fn open(plan: &Plan, lease_s: u64) -> Result<Self> {
         let mut office = Office::found(plan)?;
         let (mut home, host_key) = HomePc::set_up(plan, &office)?;
-        office.enrol(&host_key, LEASE_S)?;
+        office.enrol(&host_key, lease_s)?;
         let release = plan.scratch.join("release");
         let mut sign = Command::new(plan.bin.join("kontor-image"));
         sign.args(["sign", "--version", "1", "--image"]).arg(&plan.image);

@@ -6,22 +6,33 @@ use crate::{
     office::{INTRANET_NAME, LARGE_FILE, LARGE_FILE_LEN, TITLE},
     probe::Probe,
     run::{Result, chain},
-    scene::{PATIENCE, Scene, read_page, running},
+    scene::{LEASE_S, PATIENCE, Scene, read_page, running},
+    world,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::{
     path::Path,
     process::ExitCode,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
+
+/// How long leases live in the second scene, in seconds.
+const SHORT_LEASE_S: u64 = 20;
+/// Bytes per second of a transfer that outlasts three renewals of such leases.
+const SLOWLY: u64 = 200_000;
+/// How long a transfer has to last for that.
+const SLOW_TRANSFER: Duration = Duration::from_secs(35);
+/// Between two looks at something that takes seconds.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// The scene and what lives in it between trials.
 struct Stage {
+    plan: Plan,
     scene: Option<Scene>,
     probe: Option<Probe>,
     made: Vec<leaks::Made>,
     canary: Option<leaks::Made>,
-    uplink: Backend,
 }
 
 type Shared = Arc<Mutex<Stage>>;
@@ -30,9 +41,9 @@ type Outcome = std::result::Result<(), Failed>;
 /// Runs every trial in order; each may rely on those before it having left the work VM running.
 pub(crate) fn inside(plan: &Path, rest: Vec<String>) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
-    let scene = Scene::open(&plan)?;
-    let stage =
-        Stage { scene: Some(scene), probe: None, made: Vec::new(), canary: None, uplink: plan.uplink };
+    world::make()?;
+    let scene = Scene::open(&plan, LEASE_S)?;
+    let stage = Stage { plan, scene: Some(scene), probe: None, made: Vec::new(), canary: None };
     let shared = Arc::new(Mutex::new(stage));
     let mut arguments = Arguments::from_iter(
         std::iter::once("suite".to_owned()).chain(rest.into_iter().skip_while(|a| a == "--")),
@@ -77,6 +88,9 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     add("changed_root_image_stops_the_work_vm", changed_root);
     add("work_vm_starts_again", starts);
     add("captures_hold_no_marker_and_only_tunnel_packets", captures);
+    add("work_vm_starts_under_a_short_lease", starts_under_a_short_lease);
+    add("transfer_outlasts_three_renewals", transfer_outlasts_renewals);
+    add("work_vm_without_control_runs_to_the_end_of_its_lease", ends_with_its_lease);
     trials
 }
 
@@ -120,7 +134,7 @@ fn uplink_device(stage: &mut Stage) -> Outcome {
     let has = |word: &str| seen.lines().any(|line| line == word);
     // The network device of virtio 1; IOMMU groups are numbered from 0.
     let vfio = (has("0x1041"), has("0"));
-    let right = match stage.uplink {
+    let right = match stage.plan.uplink {
         Backend::Port => has("kontor.uplink") && vfio == (false, false),
         Backend::Vfio => !has("kontor.uplink") && vfio == (true, true),
     };
@@ -134,10 +148,16 @@ fn page_is_read(stage: &mut Stage) -> Outcome {
 }
 
 fn large_file(stage: &mut Stage) -> Outcome {
+    fetch_large_file(stage, "")
+}
+
+/// Fetches the large file in the work VM in one go and compares its digest.
+fn fetch_large_file(stage: &mut Stage, options: &str) -> Outcome {
     let site = stage.scene()?.office.path("site").join(LARGE_FILE);
     let expected = hex::encode(sha256(&site).map_err(words)?);
-    let fetch =
-        format!("/usr/bin/curl -sS --max-time 120 http://{INTRANET_NAME}/{LARGE_FILE} | /usr/bin/sha256sum");
+    let fetch = format!(
+        "/usr/bin/curl -sS --max-time 120 {options} http://{INTRANET_NAME}/{LARGE_FILE} | /usr/bin/sha256sum"
+    );
     let printed = stage.probe()?.must(1000, &["/bin/sh", "-c", &fetch], PATIENCE * 3).map_err(words)?;
     if printed.starts_with(&expected) {
         return Ok(());
@@ -278,4 +298,66 @@ fn captures(stage: &mut Stage) -> Outcome {
     }
     let leaked: Vec<&str> = stage.made.iter().filter(|m| !m.stopped(&recording)).map(|m| m.name).collect();
     if leaked.is_empty() { Ok(()) } else { Err(format!("captured: {leaked:?}").into()) }
+}
+
+/// The first scene is over: a second one, in the same hosts, with leases that live for seconds.
+fn starts_under_a_short_lease(stage: &mut Stage) -> Outcome {
+    stage.probe = None;
+    if let Some(first) = stage.scene.take() {
+        first.close().map_err(words)?;
+    }
+    let scratch = stage.plan.scratch.join("short");
+    std::fs::create_dir(&scratch).map_err(|e| format!("{}: {e}", scratch.display()))?;
+    let plan = Plan { scratch, ..stage.plan.clone() };
+    stage.scene = Some(Scene::open(&plan, SHORT_LEASE_S).map_err(words)?);
+    starts(stage)
+}
+
+fn transfer_outlasts_renewals(stage: &mut Stage) -> Outcome {
+    let admitted = |stage: &mut Stage| {
+        Ok::<_, Failed>(stage.scene()?.office.gateway_said("admitted").map_err(words)?.len())
+    };
+    let (before, begin) = (admitted(stage)?, Instant::now());
+    fetch_large_file(stage, &format!("--limit-rate {SLOWLY}"))?;
+    let (renewals, lasted) = (admitted(stage)? - before, begin.elapsed());
+    if renewals >= 3 && lasted >= SLOW_TRANSFER {
+        return Ok(());
+    }
+    Err(format!("{renewals} renewals in {} s", lasted.as_secs()).into())
+}
+
+/// Control is gone: the lease in force is used to its end, then both sides let go and say why.
+fn ends_with_its_lease(stage: &mut Stage) -> Outcome {
+    stage.scene()?.office.lose_control().map_err(words)?;
+    let status = stage.scene()?.home.status().map_err(words)?;
+    let not_after = status["lease"]["not_after"].as_u64().ok_or("no lease in the status")?;
+    page_is_read(stage)?;
+    let scene = stage.scene()?;
+    let limit = Instant::now() + Duration::from_secs(SHORT_LEASE_S) + PATIENCE;
+    let removed = loop {
+        let removed = scene.office.gateway_said("peers removed").map_err(words)?;
+        if !removed.is_empty() || Instant::now() > limit {
+            break removed;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    };
+    if removed.last().is_none_or(|line| !line.contains("peers=0")) || unix_now() < not_after {
+        return Err(format!("the gateway said {removed:?}, the lease ends at {not_after}").into());
+    }
+    let status = loop {
+        let status = scene.home.status().map_err(words)?;
+        if status["state"] == "stopped" || Instant::now() > limit {
+            break status;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    };
+    let stop = &status["stop"];
+    if status["state"] == "stopped" && stop["reason"] == "lease-expired" && stop["inferred"] == false {
+        return Ok(());
+    }
+    Err(format!("status says {status}").into())
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

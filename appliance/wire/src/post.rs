@@ -12,7 +12,8 @@
 //!                    ◄─────────  Admitted{H(lease), newest keyset, line, highest revision, now} | Refused(why)
 //! ```
 //!
-//! Until the first `Hello` of a boot was answered with `Admitted`, nothing but this passes the gateway.
+//! Until the first `Hello` of a boot was answered with `Admitted`, nothing but this passes the gateway; then the
+//! line's table opens. A guest does not say yet that it has applied a bundle (`lease.md` 20).
 //! Enumerations here only ever grow at their end, because postcard writes the position of a variant.
 
 use serde::{Deserialize, Serialize};
