@@ -5,6 +5,7 @@
 //! socket = "/run/kontor/kontord.sock"
 //! tenant = "64 hexadecimal digits"
 //! device = "laptop-7"
+//! release_root = "64 hexadecimal digits"   # SHA-256 of the release repository's first root
 //! office_command = ["/usr/bin/kontor-control", "answer", "--dir", "/srv/control"]
 //! owner = 1000                             # uid of the employee; without it kontord's own
 //! qemu = "qemu-system-x86_64"
@@ -37,6 +38,8 @@ pub struct Config {
     pub tenant: Digest,
     /// The device.
     pub device: DeviceId,
+    /// Hash of the release repository's first root, from which every release is verified.
+    pub release_root: Digest,
     /// Program and arguments that answer one request for a lease.
     pub office_command: Vec<String>,
     /// uid that may use the socket; kontord's own when absent.
@@ -135,8 +138,9 @@ mod tests {
 
     fn minimal() -> String {
         format!(
-            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\noffice_command = ['true']\n",
-            Digest([7; 32])
+            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\nrelease_root = '{}'\noffice_command = ['true']\n",
+            Digest([7; 32]),
+            Digest([8; 32])
         )
     }
 

@@ -6,6 +6,7 @@
 //! device.json bundle.json
 //! memory.json             the highest that was ever seen of each
 //! slots/A/                the installed release
+//! fetched/                the newest release metadata that was ever fetched
 //! console.log             what the guest's console said
 //! lock                    held while something above changes
 //! ```
@@ -119,6 +120,11 @@ impl Store {
     #[must_use]
     pub fn slots(&self) -> PathBuf {
         self.dir.join("slots")
+    }
+
+    /// What was fetched last from the release repository.
+    pub(crate) fn fetched(&self) -> PathBuf {
+        self.dir.join("fetched")
     }
 
     /// The guest's console log.

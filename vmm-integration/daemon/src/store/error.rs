@@ -1,6 +1,5 @@
 //! The ways in which stored things are not what they must be.
 
-use super::MAX_STORED_KEYSETS;
 use kontor_bundle::BundleError;
 use kontor_trust::{DeviceId, DocumentError, EnvelopeError, KeyError, KeysetError, PublicKey};
 use std::{io, path::PathBuf};
@@ -36,7 +35,7 @@ pub enum StoreError {
     /// `memory.json`.
     #[error("understand memory.json")]
     Memory(#[source] serde_json::Error),
-    /// More than [`MAX_STORED_KEYSETS`].
+    /// More than [`MAX_STORED_KEYSETS`](super::MAX_STORED_KEYSETS).
     #[error("a keyset of version {0}")]
     KeysetNumber(u64),
     /// The chain of keysets.

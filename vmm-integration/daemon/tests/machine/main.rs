@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "../repository/mod.rs"]
+#[expect(dead_code, reason = "the slots' own tests use all of it")]
+mod repository;
 mod stub;
 #[expect(dead_code, reason = "other tests use more of it")]
 #[path = "../tenant/mod.rs"]
