@@ -43,6 +43,8 @@ pub(crate) struct Office {
     servers: Vec<Child>,
     /// The tenant's id.
     pub(crate) tenant: String,
+    /// Hash of the release repository's first root.
+    pub(crate) release_root: String,
 }
 
 impl Office {
@@ -57,10 +59,15 @@ impl Office {
             gateway: None,
             servers: Vec::new(),
             tenant: String::new(),
+            release_root: String::new(),
         };
         let keys = office.path("keys");
         quietly(office.tool("kontorctl").args(["keyset", "init", "--out"]).arg(&keys))?;
         office.tenant = read_text(&keys.join("id"))?;
+        let mut init = office.tool("kontor-image");
+        init.args(["tuf-init", "--keys"]).arg(office.path("release-keys"));
+        let printed = quietly(init.arg("--repo").arg(office.repository()))?;
+        office.release_root = String::from_utf8_lossy(&printed).trim().to_owned();
         office.write_site()?;
         Ok(office)
     }
@@ -73,6 +80,24 @@ impl Office {
     /// The directory with the tenant's id and keysets, as `kontor-image sign` takes it.
     pub(crate) fn tenant_directory(&self) -> PathBuf {
         self.path("keys")
+    }
+
+    /// The repository that PCs fetch releases from.
+    pub(crate) fn repository(&self) -> PathBuf {
+        self.path("repository")
+    }
+
+    /// Publishes a release: CI signs it, then the rebuilder, who also has the keys of snapshot and timestamp.
+    pub(crate) fn publish(&self, release: &Path) -> Result<()> {
+        let keys = self.path("release-keys");
+        let (ci, rebuilder) = (["targets-ci"], ["targets-rebuilder", "snapshot", "timestamp"]);
+        for (verb, names) in [("publish", &ci[..]), ("cosign", &rebuilder[..])] {
+            let mut command = self.tool("kontor-image");
+            command.arg(verb).arg("--release").arg(release).arg("--tenant-dir").arg(self.tenant_directory());
+            command.arg("--repo").arg(self.repository()).arg("--keys");
+            quietly(command.args(names.iter().map(|name| keys.join(format!("{name}.key")))))?;
+        }
+        Ok(())
     }
 
     /// The directory that control answers from.
@@ -246,12 +271,6 @@ keyset = {keyset:?}
         let (child, _) = await_line(&mut command, &self.path("gateway.log"), "ready")?;
         self.gateway = Some(child);
         Ok(())
-    }
-
-    /// Takes control away: whoever asks it gets no answer from now on.
-    pub(crate) fn lose_control(&self) -> Result<()> {
-        let control = self.control_directory();
-        fs::rename(&control, self.path("control.lost")).map_err(at("move away", &control))
     }
 
     /// Lines that the gateway has logged so far and that hold `words`.

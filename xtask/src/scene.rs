@@ -48,7 +48,8 @@ impl Scene {
         sign.args(["sign", "--version", "1", "--image"]).arg(&plan.image);
         sign.arg("--tenant-dir").arg(office.tenant_directory()).arg("--out").arg(&release);
         quietly(&mut sign)?;
-        home.provision(&office, &release)?;
+        office.publish(&release)?;
+        home.provision(&office)?;
         office.open()?;
         office.start_gateway()?;
         office.start_control()?;

@@ -60,6 +60,8 @@ fn trials(shared: &Shared) -> Vec<Trial> {
         trials.push(Trial::test(name, move || test(&mut lock(&shared))));
     };
     add("tampered_pieces_are_refused_and_named", tampered_pieces);
+    add("tampered_metadata_of_the_release_is_refused_and_named", tampered_metadata);
+    add("tampered_repository_is_refused_and_the_installed_release_stays", tampered_repository);
     add("work_vm_starts_and_reaches_its_session", starts);
     add("uplink_is_the_device_asked_for_and_the_other_is_not_there", uplink_device);
     add("page_is_read_through_the_tunnel", page_is_read);
@@ -243,6 +245,68 @@ fn tampered_pieces(stage: &mut Stage) -> Outcome {
     Ok(())
 }
 
+/// A byte changed in what vouches for the installed release: exit code 3, and the file is named.
+fn tampered_metadata(stage: &mut Stage) -> Outcome {
+    let scene = stage.scene()?;
+    for (name, said) in [
+        ("manifest.json", "manifest.json"),
+        ("tuf/1.root.json", "1.root.json"),
+        ("tuf/timestamp.json", "timestamp.json"),
+        ("tuf/1.snapshot.json", "1.snapshot.json"),
+        ("tuf/1.targets.json", "1.targets.json"),
+    ] {
+        let file = scene.home.slot_file(name).map_err(words)?;
+        flip(&file, length(&file)? / 2)?;
+        let output = scene.home.kontor(&["start", "--headless"]).map_err(words)?;
+        flip(&file, length(&file)? / 2)?;
+        let heard = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.code() != Some(3) || !heard.contains(said) {
+            return Err(format!("changed {name}: {} {heard}", output.status).into());
+        }
+    }
+    Ok(())
+}
+
+/// A byte changed in each file of the repository: nothing is installed, exit code 3, and the part is named.
+fn tampered_repository(stage: &mut Stage) -> Outcome {
+    let scene = stage.scene()?;
+    let repository = scene.office.repository();
+    let installed = std::fs::read(scene.home.slot_file("manifest.json").map_err(words)?).ok();
+    let mut files = Vec::new();
+    for directory in ["metadata", "targets"] {
+        let entries = std::fs::read_dir(repository.join(directory)).map_err(|e| e.to_string())?;
+        files.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
+    }
+    for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // A keyset is no part of a release, and the slot keeps the first root.
+        if name.contains("keyset-") || name == "1.root.json" {
+            continue;
+        }
+        // `1.snapshot.json` is the role snapshot, `DIGEST.smoke.root.img` the piece root.img.
+        let part = match name.strip_suffix(".json").and_then(|stem| stem.split('.').next_back()) {
+            Some(role) if file.parent() == Some(&repository.join("metadata")) => role.to_owned(),
+            _ => name.splitn(3, '.').last().unwrap_or_default().to_owned(),
+        };
+        flip(&file, length(&file)? / 2)?;
+        let output = scene.home.install(&repository).map_err(words)?;
+        flip(&file, length(&file)? / 2)?;
+        let heard = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.code() != Some(3) || !heard.contains(&part) {
+            return Err(format!("changed {name}: {} {heard}", output.status).into());
+        }
+    }
+    let now = std::fs::read(scene.home.slot_file("manifest.json").map_err(words)?).ok();
+    if installed.is_none() || installed != now {
+        return Err("the installed release changed".into());
+    }
+    let output = scene.home.install(&repository).map_err(words)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("the whole repository: {}", String::from_utf8_lossy(&output.stderr)).into())
+}
+
 /// Bytes changed in the root image, which is verified as it is read: the work VM stops itself, and
 /// the host says that it was dm-verity.
 fn changed_root(stage: &mut Stage) -> Outcome {
@@ -328,7 +392,7 @@ fn transfer_outlasts_renewals(stage: &mut Stage) -> Outcome {
 
 /// Control is gone: the lease in force is used to its end, then both sides let go and say why.
 fn ends_with_its_lease(stage: &mut Stage) -> Outcome {
-    stage.scene()?.office.lose_control().map_err(words)?;
+    stage.scene()?.office.kill_control().map_err(words)?;
     let status = stage.scene()?.home.status().map_err(words)?;
     let not_after = status["lease"]["not_after"].as_u64().ok_or("no lease in the status")?;
     page_is_read(stage)?;

@@ -35,12 +35,14 @@ socket = {socket:?}
 tenant = "{tenant}"
 device = "{DEVICE}"
 office = "{OFFICE_ADDRESS}:{CONTROL_PORT}"
+release_root = "{root}"
 probe_socket = {probe:?}
 uplink = "{uplink}"
 "#,
             state = home.path("state"),
             socket = home.path("kontord.sock"),
             tenant = office.tenant,
+            root = office.release_root,
             probe = home.path("probe.sock"),
             uplink = plan.uplink.name(),
         );
@@ -61,18 +63,19 @@ uplink = "{uplink}"
         command
     }
 
-    /// Stores the office's documents and installs a release.
-    pub(crate) fn provision(&self, office: &Office, release: &std::path::Path) -> Result<()> {
+    /// Stores the office's documents and installs its newest release.
+    pub(crate) fn provision(&self, office: &Office) -> Result<()> {
         let mut documents = self.kontord("provision");
         documents.arg("--keyset").arg(office.path("keys/keysets/00000001.json"));
         documents.arg("--device").arg(office.device_record()).arg("--bundle").arg(office.bundle());
         quietly(&mut documents)?;
-        self.install(release)
+        quietly(self.kontord("install").arg("--repo").arg(office.repository())).map(drop)
     }
 
-    /// Installs a release.
-    pub(crate) fn install(&self, release: &std::path::Path) -> Result<()> {
-        quietly(self.kontord("install").arg(release)).map(drop)
+    /// Tries to install the newest release of a repository.
+    pub(crate) fn install(&self, repository: &std::path::Path) -> Result<Output> {
+        let mut command = self.kontord("install");
+        command.arg("--repo").arg(repository).output().map_err(|source| Error::Start(text(&command), source))
     }
 
     /// Starts `kontord` and waits until it serves its socket.

@@ -24,6 +24,8 @@ mod modules;
 mod out;
 mod profile;
 mod progress;
+mod publish;
+mod repository;
 mod root_image;
 mod rootfs;
 mod sbom;
@@ -100,6 +102,26 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Make the keys of a tenant's release repository, and the repository with its first root
+    TufInit {
+        /// Where to put the keys: three root keys, two for releases, snapshot and timestamp. Give each to
+        /// its own person or machine
+        #[arg(long, value_name = "DIR")]
+        keys: PathBuf,
+        /// Where to put the repository
+        #[arg(long, value_name = "DIR")]
+        repo: PathBuf,
+        /// Life of the root in days
+        #[arg(long, value_name = "DAYS", default_value_t = 365)]
+        expires: u32,
+        /// Print the root's hash as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a release to the repository; it waits there where a signature is missing
+    Publish(Publication),
+    /// Sign what waits in the repository, if one's own build of it has the same digests
+    Cosign(Publication),
     /// Say what an image or a release is, and check every file of it
     Inspect {
         dir: PathBuf,
@@ -115,6 +137,32 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// A release, where it goes, and who signs.
+#[derive(Args)]
+struct Publication {
+    /// A release that `sign` made
+    #[arg(long, value_name = "DIR")]
+    release: PathBuf,
+    /// A directory with the tenant's `id` and `keysets/*.json`
+    #[arg(long, value_name = "DIR")]
+    tenant_dir: PathBuf,
+    /// The repository
+    #[arg(long, value_name = "DIR")]
+    repo: PathBuf,
+    /// Key files, or directories with them
+    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    keys: Vec<PathBuf>,
+    /// Life of the list of targets in days
+    #[arg(long, value_name = "DAYS", default_value_t = 90)]
+    expires: u32,
+    /// Life of snapshot and timestamp in days
+    #[arg(long, value_name = "DAYS", default_value_t = 7)]
+    fresh: u32,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// What is built, and from where.
@@ -157,6 +205,8 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Profile(#[from] profile::ProfileError),
     #[error(transparent)]
+    Publish(#[from] publish::PublishError),
+    #[error(transparent)]
     Root(#[from] rootfs::RootError),
     #[error(transparent)]
     RootImage(#[from] root_image::RootImageError),
@@ -188,6 +238,7 @@ impl Failure {
             Self::Kernel(error) => error.exit(),
             Self::Lock(error) => error.exit(),
             Self::Profile(error) => error.exit(),
+            Self::Publish(error) => error.exit(),
             Self::Root(error) => error.exit(),
             Self::RootImage(error) => error.exit(),
             Self::Sbom(error) => error.exit(),
@@ -258,6 +309,12 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
             );
             answer(json.then_some(&manifest), &text)?;
         }
+        Verb::TufInit { keys, repo, expires, json } => {
+            let root = publish::init(&keys, &repo, expires)?;
+            answer(json.then_some(&root), &format!("{root}\n"))?;
+        }
+        Verb::Publish(publication) => publication.run(publish::publish)?,
+        Verb::Cosign(publication) => publication.run(publish::cosign)?,
         Verb::Inspect { dir, json } => {
             let report = inspect::inspect(&dir)?;
             answer(json.then_some(&report), &report.to_string())?;
@@ -270,6 +327,22 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         }
     }
     Ok(Exit::Ok)
+}
+
+impl Publication {
+    fn run(
+        &self,
+        verb: fn(&publish::Request<'_>) -> Result<publish::Outcome, Failure>,
+    ) -> Result<(), Failure> {
+        let outcome = verb(&publish::Request {
+            release: &self.release,
+            tenant: &self.tenant_dir,
+            repository: &self.repo,
+            keys: &self.keys,
+            days: publish::Days { targets: self.expires, fresh: self.fresh },
+        })?;
+        answer(self.json.then_some(&outcome), &outcome.to_string())
+    }
 }
 
 impl Recipe {

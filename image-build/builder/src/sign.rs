@@ -87,6 +87,22 @@ fn write(from: &Path, tenant: &Path, version: u64, to: &Path) -> Result<Manifest
 
 /// The tenant and its segment, with a chain of keysets that holds from the first to the last.
 fn segment(tenant: &Path) -> Result<(Digest, Vec<u8>), SignError> {
+    let (id, keysets) = keysets(tenant)?;
+    let mut archive = cpio::Archive::default();
+    archive.directory("tenant");
+    archive.file("tenant/id", 0o644, format!("{id}\n").into_bytes())?;
+    for (version, envelope) in keysets {
+        archive.file(&format!("tenant/keyset-{version:08}.json"), 0o644, envelope)?;
+    }
+    Ok((id, archive.to_bytes()))
+}
+
+/// Envelopes by version, rising.
+pub(crate) type Keysets = Vec<(u64, Vec<u8>)>;
+
+/// The tenant in a directory, and the envelopes of its keysets by version: at least one, and a chain that
+/// holds from the first to the last.
+pub(crate) fn keysets(tenant: &Path) -> Result<(Digest, Keysets), SignError> {
     let id_path = tenant.join("id");
     let id: Digest =
         files::read_text(&id_path, MAX_ID)?.trim_end().parse().map_err(|e| SignError::Id(id_path, e))?;
@@ -96,9 +112,7 @@ fn segment(tenant: &Path) -> Result<(Digest, Vec<u8>), SignError> {
     if names.len() > MAX_KEYSETS {
         return Err(SignError::TooManyKeysets(directory));
     }
-    let mut archive = cpio::Archive::default();
-    archive.directory("tenant");
-    archive.file("tenant/id", 0o644, format!("{id}\n").into_bytes())?;
+    let mut keysets = Vec::with_capacity(names.len());
     let mut newest: Option<TrustedKeyset> = None;
     for name in names {
         let path = directory.join(name);
@@ -108,13 +122,10 @@ fn segment(tenant: &Path) -> Result<(Digest, Vec<u8>), SignError> {
             Some(keyset) => keyset.advance(&envelope),
         };
         let keyset = keyset.map_err(|e| SignError::Keyset(path, e))?;
-        archive.file(&format!("tenant/keyset-{:08}.json", keyset.version()), 0o644, envelope)?;
+        keysets.push((keyset.version(), envelope));
         newest = Some(keyset);
     }
-    match newest {
-        Some(_) => Ok((id, archive.to_bytes())),
-        None => Err(SignError::NoKeysets(directory)),
-    }
+    if keysets.is_empty() { Err(SignError::NoKeysets(directory)) } else { Ok((id, keysets)) }
 }
 
 pub(crate) const MANIFEST: &str = "manifest.json";

@@ -6,6 +6,7 @@
 //! tenant = "64 hexadecimal digits"
 //! device = "laptop-7"
 //! office = "control.example.com:443"       # a name is resolved by this PC; an IPv6 address is in brackets
+//! release_root = "64 hexadecimal digits"   # SHA-256 of the release repository's first root
 //! owner = 1000                             # uid of the employee; without it kontord's own
 //! qemu = "qemu-system-x86_64"
 //! kvm = "/dev/kvm"
@@ -40,6 +41,8 @@ pub struct Config {
     pub tenant: Digest,
     /// The device.
     pub device: DeviceId,
+    /// Hash of the release repository's first root, from which every release is verified.
+    pub release_root: Digest,
     /// Where control answers requests for leases.
     pub office: OfficeAddress,
     /// uid that may use the socket; kontord's own when absent.
@@ -141,8 +144,9 @@ mod tests {
 
     fn minimal() -> String {
         format!(
-            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\noffice = 'control.example:443'\n",
-            Digest([7; 32])
+            "state = '/s'\nsocket = '/k.sock'\ntenant = '{}'\ndevice = 'laptop-7'\nrelease_root = '{}'\noffice = 'control.example:443'\n",
+            Digest([7; 32]),
+            Digest([8; 32])
         )
     }
 

@@ -338,7 +338,7 @@ impl Daemon {
 pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<Plan, StartError> {
     let key = store.host_key()?;
     let records = store.records(&key.public())?;
-    let manifest = slots::describe(store)?;
+    let manifest = slots::describe(store, &config.release_root)?;
     allowed(&records.bundle, &manifest)?;
     let settings = &records.bundle.settings;
     if accelerator.is_emulation() && !settings.allow_emulation {
@@ -346,7 +346,7 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
     }
     let cpus_max = if accelerator.is_emulation() { CPUS_EMULATED_MAX } else { CPUS_MAX };
     let cpus = std::thread::available_parallelism().map_or(1, usize::from).min(cpus_max);
-    let ready = slots::open(store)?;
+    let ready = slots::open(store, &config.release_root)?;
     // What was decided above was decided about this very release, or it is not started.
     if ready.manifest != manifest {
         return Err(SlotError::Changed.into());

@@ -59,7 +59,7 @@ fn on_disk(daemon: &Daemon) -> Vec<Check> {
         }),
         Err(_) => Err("they cannot be checked without the host key".to_owned()),
     };
-    let release = slots::verify_all(store);
+    let release = slots::verify_all(store, &config.release_root);
     checks.push(found(
         "documents",
         records.as_ref().map_err(Clone::clone).map(|records| {

@@ -9,6 +9,7 @@
 //!
 //! * [`session`] decides: one VM's life as a state machine over inputs and time, without any IO.
 //! * [`vm`] acts: processes, channels and clocks around that machine, one owner and one queue.
+//! * `fetch` asks the release repository, under TUF.
 //! * [`slots`] and [`store`] keep what is on disk, and believe none of it without a check.
 //! * [`lease`] turns a guest's challenge into a signed request, and an answer into a checked lease.
 //!
@@ -20,6 +21,7 @@ mod console;
 pub mod daemon;
 mod doctor;
 pub mod exit;
+mod fetch;
 pub mod host;
 pub mod lease;
 mod lines;

@@ -1,20 +1,26 @@
 //! The places where releases lie, and how one is made ready for a start.
 //!
-//! Installing copies a release directory to `A.new`, hashing what it writes, and exchanges it with `A`
-//! once everything is flushed: a crash leaves the old release or the new one. A start verifies again:
-//! kernel and initrd are copied into memory files that are sealed first and hashed then, so that what was
+//! Installing fetches a release into `A.new`, hashing what was written, and exchanges it with `A` once
+//! everything is flushed: a crash or a full disk leaves the old release or the new one. The slot keeps the
+//! repository's metadata in `tuf`, as received. A start verifies again, from the pinned root on: every
+//! signature and hash down to the manifest, without a network, and whatever the clock says. Then kernel and initrd are copied into memory files that are sealed first and hashed then, so that what was
 //! hashed is what QEMU reads. The root image was hashed at installing; while the guest runs dm-verity
 //! checks it block by block against the root hash on the verified command line.
 
-use crate::store::{Store, StoreError, io_error, not_older, read, sync_parent};
+use crate::{
+    exit::Exit,
+    fetch::{FetchError, Offer, is_full, store_exit},
+    store::{Store, StoreError, io_error, not_older, read, sync_parent},
+};
 use kontor_release::{Digest, MAX_MANIFEST, Manifest, ManifestError, Piece};
+use kontor_repository::{MANIFEST_SUFFIX, MAX_ROLE, Metadata, MetadataError, Target, gather, verify};
 use rustix::{
     fs::{MemfdFlags, RenameFlags, SealFlags, fcntl_add_seals, memfd_create, renameat_with},
     io::Errno,
 };
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read, Seek},
+    io::{self, Read, Seek, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -27,6 +33,8 @@ pub const MAX_BOOT_PIECE: u64 = 256 << 20;
 const INITRD_ALIGN: u64 = 4;
 const COPY_CHUNK: usize = 256 * 1024;
 const SLOT: &str = "A";
+/// Directory in a slot with the repository's metadata.
+pub const TUF: &str = "tuf";
 
 /// Why a release is not installed or not started.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +45,12 @@ pub enum SlotError {
     /// The state directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The repository, or what it offers.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The metadata that vouches for it.
+    #[error("the release's metadata")]
+    Metadata(#[source] MetadataError),
     /// The description.
     #[error("the release's {MANIFEST}")]
     Manifest(#[source] ManifestError),
@@ -92,6 +106,28 @@ pub enum SlotError {
     },
 }
 
+impl SlotError {
+    /// The exit code that goes with it.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Store(error) => store_exit(error),
+            Self::Fetch(error) => error.exit(),
+            Self::Piece { source, .. } if is_full(source) => Exit::HostLacks,
+            Self::Empty => Exit::HostLacks,
+            Self::Changed | Self::Seal { .. } => Exit::Failed,
+            Self::Metadata(_)
+            | Self::Manifest(_)
+            | Self::OtherTenant
+            | Self::Piece { .. }
+            | Self::NoFile(_)
+            | Self::Length { .. }
+            | Self::Hash(_)
+            | Self::TooLarge { .. } => Exit::NotVerified,
+        }
+    }
+}
+
 /// A verified release, ready for one start.
 #[derive(Debug)]
 pub struct Ready {
@@ -105,39 +141,59 @@ pub struct Ready {
     pub root: File,
 }
 
-/// Verifies the release in `dir` and installs it.
+/// Fetches the tenant's newest release from the repository at `place`, verifies and installs it. `pin` is
+/// the hash of the repository's first root.
 ///
 /// # Errors
 /// [`SlotError`] names the piece and what is wrong; what was installed before stays.
-pub fn install(store: &Store, dir: &Path) -> Result<Manifest, SlotError> {
+pub fn install(store: &Store, pin: &Digest, place: &str) -> Result<Manifest, SlotError> {
     let _lock = store.lock()?;
-    let untrusted = read(&dir.join(MANIFEST), MAX_MANIFEST as u64)?;
-    let manifest = parse(store, &untrusted)?;
-
     let (slot, beside) = (store.slots().join(SLOT), store.slots().join(format!("{SLOT}.new")));
-    clear(&beside)?;
-    DirBuilder::new().mode(0o700).create(&beside).map_err(io_error("make", &beside))?;
-    for piece in manifest.pieces() {
-        copy(piece, dir, &beside)?;
-    }
-    let manifest_piece =
-        Piece { name: MANIFEST.into(), bytes: untrusted.len() as u64, sha256: Digest::of(&untrusted) };
-    copy_from(&manifest_piece, untrusted.as_slice(), &beside)?;
-    File::open(&beside).and_then(|dir| dir.sync_all()).map_err(io_error("flush", &beside))?;
+    let known = metadata(&slot).map(|metadata| metadata.roots).unwrap_or_default();
+    let offer = Offer::newest(store, pin, place, known)?;
+    let manifest = parse(store, &offer.manifest_bytes)?;
 
+    clear(&beside)?;
+    let written = write(&offer, &beside);
+    if written.is_err() {
+        // What does not fit must not stay and keep the disk full.
+        clear(&beside)?;
+    }
+    written?;
     put(&beside, &slot).map_err(io_error("put in place", &slot))?;
     store.remember_release(manifest.version)?;
     clear(&beside)?;
     Ok(manifest)
 }
 
+/// Writes a whole slot into the directory `to`.
+fn write(offer: &Offer, to: &Path) -> Result<(), SlotError> {
+    let (arriving, tuf) = (to.join("arriving"), to.join(TUF));
+    for dir in [to, &arriving, &tuf] {
+        DirBuilder::new().mode(0o700).create(dir).map_err(io_error("make", dir))?;
+    }
+    for piece in offer.manifest.pieces() {
+        let arrived = offer.fetch(piece, &arriving)?;
+        settle(piece, &arrived, to)?;
+    }
+    clear(&arriving)?;
+    write_new(MANIFEST, &offer.manifest_bytes, to)?;
+    for (name, bytes) in offer.metadata_files() {
+        write_new(&name, bytes, &tuf)?;
+    }
+    for dir in [&tuf, to] {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error("flush", dir))?;
+    }
+    Ok(())
+}
+
 /// Verifies the installed release and makes it ready for a start.
 ///
 /// # Errors
 /// [`SlotError`] names the piece and what is wrong.
-pub fn open(store: &Store) -> Result<Ready, SlotError> {
+pub fn open(store: &Store, pin: &Digest) -> Result<Ready, SlotError> {
     let slot = store.slots().join(SLOT);
-    let manifest = describe(store)?;
+    let manifest = describe(store, pin)?;
     let image = &manifest.image;
     let kernel = sealed("kernel", &slot, &[&image.kernel])?;
     let initrd = sealed("initrd", &slot, &[&image.initrd, &manifest.segment])?;
@@ -145,26 +201,43 @@ pub fn open(store: &Store) -> Result<Ready, SlotError> {
     Ok(Ready { kernel, initrd, root, manifest })
 }
 
-/// The description of the installed release; its pieces are not looked at.
+/// The description of the installed release, its signatures verified from the root with the hash `pin` on;
+/// its pieces are not looked at.
 ///
 /// # Errors
-/// [`SlotError`] when there is none, or it is not for this tenant, or older than one that was seen.
-pub fn describe(store: &Store) -> Result<Manifest, SlotError> {
-    let path = store.slots().join(SLOT).join(MANIFEST);
-    match read(&path, MAX_MANIFEST as u64) {
-        Ok(untrusted) => parse(store, &untrusted),
-        Err(error) if error.is_missing() => Err(SlotError::Empty),
-        Err(error) => Err(error.into()),
+/// [`SlotError`] when there is none, or it is not signed as it must be, or not for this tenant, or older
+/// than one that was seen.
+pub fn describe(store: &Store, pin: &Digest) -> Result<Manifest, SlotError> {
+    let slot = store.slots().join(SLOT);
+    let untrusted = match read(&slot.join(MANIFEST), MAX_MANIFEST as u64) {
+        Ok(untrusted) => untrusted,
+        Err(error) if error.is_missing() => return Err(SlotError::Empty),
+        Err(error) => return Err(error.into()),
+    };
+    let verified = verify(&metadata(&slot)?, pin).map_err(SlotError::Metadata)?;
+    let found = Target { bytes: untrusted.len() as u64, sha256: Digest::of(&untrusted) };
+    if !verified.targets().any(|(name, target)| name.ends_with(MANIFEST_SUFFIX) && target == found) {
+        return Err(SlotError::Hash(MANIFEST.into()));
     }
+    parse(store, &untrusted)
+}
+
+/// The metadata in a slot, not verified.
+fn metadata(slot: &Path) -> Result<Metadata, StoreError> {
+    gather(|name| match read(&slot.join(TUF).join(name), MAX_ROLE as u64) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.is_missing() => Ok(None),
+        Err(error) => Err(error),
+    })
 }
 
 /// Hashes every piece of the installed release.
 ///
 /// # Errors
 /// [`SlotError`] names the piece that is wrong.
-pub fn verify_all(store: &Store) -> Result<Manifest, SlotError> {
+pub fn verify_all(store: &Store, pin: &Digest) -> Result<Manifest, SlotError> {
     let slot = store.slots().join(SLOT);
-    let manifest = describe(store)?;
+    let manifest = describe(store, pin)?;
     for piece in manifest.pieces() {
         let file = open_piece(piece, &slot)?;
         let found = hash(file, piece.bytes).map_err(piece_error("read", &piece.name))?;
@@ -182,22 +255,27 @@ fn parse(store: &Store, untrusted: &[u8]) -> Result<Manifest, SlotError> {
     Ok(manifest)
 }
 
-fn copy(piece: &Piece, from: &Path, to: &Path) -> Result<(), SlotError> {
-    copy_from(piece, open_piece(piece, from)?, to)
-}
-
-/// Writes a piece into the directory `to` and hashes what was written.
-fn copy_from(piece: &Piece, from: impl Read, to: &Path) -> Result<(), SlotError> {
-    let failed = || piece_error("copy", &piece.name);
-    let path = to.join(&piece.name);
-    // Never an existing file: two pieces of one name are one too many.
-    let options = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-    let mut file = options.map_err(failed())?;
-    io::copy(&mut from.take(piece.bytes), &mut file).map_err(failed())?;
+/// Moves a piece that arrived into the directory `to`, and hashes what is on the disk.
+fn settle(piece: &Piece, arrived: &Path, to: &Path) -> Result<(), SlotError> {
+    let failed = || piece_error("store", &piece.name);
+    let cwd = rustix::fs::CWD;
+    // Never over an existing file: two pieces of one name are one too many.
+    let moved = renameat_with(cwd, arrived, cwd, to.join(&piece.name), RenameFlags::NOREPLACE);
+    moved.map_err(io::Error::from).map_err(failed())?;
+    let file = open_piece(piece, to)?;
     file.sync_all().map_err(failed())?;
-    file.rewind().map_err(failed())?;
     let found = hash(&file, piece.bytes).map_err(failed())?;
     same_hash(piece, found)
+}
+
+/// Writes a small file into the directory `to`, where none of this name may be.
+fn write_new(name: &str, bytes: &[u8], to: &Path) -> Result<(), SlotError> {
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to.join(name))?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(piece_error("store", name))
 }
 
 /// Puts the directory `new` where `slot` is, in one step.

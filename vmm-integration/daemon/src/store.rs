@@ -7,6 +7,7 @@
 //! memory.json             the highest that was ever seen of each
 //! slots/A/                the installed release
 //! kvm.json                whether KVM ran a guest when it was last tried
+//! fetched/                the newest release metadata that was ever fetched
 //! console.log             what the guest's console said
 //! lock                    held while something above changes
 //! ```
@@ -137,6 +138,11 @@ impl Store {
     #[must_use]
     pub fn slots(&self) -> PathBuf {
         self.dir.join("slots")
+    }
+
+    /// What was fetched last from the release repository.
+    pub(crate) fn fetched(&self) -> PathBuf {
+        self.dir.join("fetched")
     }
 
     /// The guest's console log.

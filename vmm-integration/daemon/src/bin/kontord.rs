@@ -58,12 +58,13 @@ enum Command {
         #[arg(long)]
         bundle: PathBuf,
     },
-    /// Verify a release directory and install it
+    /// Fetch the newest release, verify and install it
     Install {
         #[command(flatten)]
         common: Common,
-        /// The directory with manifest.json and the pieces
-        release: PathBuf,
+        /// The release repository: a directory, or a file: URL
+        #[arg(long, value_name = "DIR_OR_URL")]
+        repo: String,
     },
 }
 
@@ -87,8 +88,8 @@ enum Error {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("install the release {dir}")]
-    Install { dir: PathBuf, source: SlotError },
+    #[error("install a release from {repo}")]
+    Install { repo: String, source: SlotError },
     #[error("read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("name the employee's uid as `owner` in the configuration, or run with --user")]
@@ -109,7 +110,8 @@ impl Error {
             Self::Config(_) | Self::NoOwner | Self::OwnerInUserMode => Exit::Usage,
             Self::Store(error) if error.is_missing() => Exit::HostLacks,
             Self::Store(StoreError::Busy(_) | StoreError::Io { .. }) => Exit::Failed,
-            Self::Store(_) | Self::Install { .. } => Exit::NotVerified,
+            Self::Store(_) => Exit::NotVerified,
+            Self::Install { source, .. } => source.exit(),
             Self::Read { .. } => Exit::Usage,
             Self::Socket { .. } | Self::Stdout(_) | Self::Runtime(_) => Exit::Failed,
         }
@@ -143,10 +145,10 @@ fn dispatch(command: Command) -> Result<(), Error> {
             let (keyset, revision) = (records.keyset.version(), records.bundle.revision);
             say(&format!("stored: keyset {keyset}, device {}, bundle {revision}", records.device.device))
         }
-        Command::Install { common, release } => {
-            let (_, store) = open(&common)?;
-            let installed =
-                slots::install(&store, &release).map_err(|source| Error::Install { dir: release, source })?;
+        Command::Install { common, repo } => {
+            let (config, store) = open(&common)?;
+            let installed = slots::install(&store, &config.release_root, &repo)
+                .map_err(|source| Error::Install { repo, source })?;
             say(&format!("installed: {} (version {})", installed.image.release, installed.version))
         }
     }

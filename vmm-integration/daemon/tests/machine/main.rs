@@ -5,6 +5,9 @@
 
 #[path = "../https/mod.rs"]
 mod https;
+#[path = "../repository/mod.rs"]
+#[expect(dead_code, reason = "the slots' own tests use all of it")]
+mod repository;
 mod stub;
 #[expect(dead_code, reason = "other tests use more of it")]
 #[path = "../tenant/mod.rs"]

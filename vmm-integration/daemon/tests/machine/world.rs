@@ -3,6 +3,7 @@
 
 use crate::{
     https,
+    repository::Repository,
     stub::{self, ROOT},
     tenant::{Tenant, device_id},
 };
@@ -48,6 +49,7 @@ impl Setup {
 pub(crate) struct World {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) tenant: Tenant,
+    pub(crate) repository: Repository,
     kontord: Option<Child>,
     log: Option<BufReader<ChildStderr>>,
 }
@@ -113,7 +115,7 @@ impl World {
 
     /// Everything is installed.
     pub(crate) fn installed(setup: &Setup) -> Self {
-        let world = Self::configured(setup);
+        let mut world = Self::configured(setup);
         let key = world.kontord(&["host-key"]);
         let key = String::from_utf8(key.stdout).unwrap().trim().parse().unwrap();
         let papers = world.path("office");
@@ -139,7 +141,9 @@ impl World {
         let pieces = world.path("release");
         fs::create_dir(&pieces).unwrap();
         release(&pieces, world.tenant.id, setup);
-        let installed = world.kontord(&["install", pieces.to_str().unwrap()]);
+        world.repository.publish(&pieces);
+        let place = world.repository.dir.to_str().unwrap().to_owned();
+        let installed = world.kontord(&["install", "--repo", &place]);
         assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
         world
     }
@@ -148,6 +152,7 @@ impl World {
     pub(crate) fn configured(setup: &Setup) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tenant = Tenant::new();
+        let repository = Repository::new(&dir.path().join("repository"));
         let (path, own) = (dir.path().to_str().unwrap(), own_program());
         let papers = dir.path().join("office");
         let key = match setup.mode {
@@ -156,15 +161,16 @@ impl World {
         };
         let office = https::serve(key, move |_, request| stub::office(&papers, request));
         let config = format!(
-            "state = '{path}/state'\nsocket = '{path}/kontord.sock'\ntenant = '{}'\ndevice = '{}'\n\
+            "state = '{path}/state'\nsocket = '{path}/kontord.sock'\ntenant = '{}'\ndevice = '{}'\nrelease_root = '{}'\n\
              qemu = '{own}'\nkvm = '/no/kvm'\nrelay = '{own}'\noffice = '{office}'\n{}",
             tenant.id,
             device_id(),
+            repository.pin(),
             setup.config.replace("DIR", path),
             own = own.display(),
         );
         fs::write(dir.path().join("kontord.toml"), config).unwrap();
-        Self { dir, tenant, kontord: None, log: None }
+        Self { dir, tenant, repository, kontord: None, log: None }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
