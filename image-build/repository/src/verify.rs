@@ -2,7 +2,7 @@
 
 use crate::layout::{TIMESTAMP, root_file, snapshot_file, targets_file};
 use kontor_release::Digest;
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::{BTreeMap, BTreeSet};
 use tough::schema::{Metafile, Role, RoleType, Root, Signed, Snapshot, Targets, Timestamp, key::Key};
 
@@ -101,6 +101,9 @@ pub enum RoleError {
     /// Not the JSON that is expected.
     #[error("it does not parse")]
     Parse(#[source] serde_json::Error),
+    /// Another role than it stands for.
+    #[error("it does not say that it is the role {0}")]
+    Kind(RoleType),
     /// Its signatures.
     #[error("it is not signed as it must be")]
     Signatures(#[source] Box<tough::schema::Error>),
@@ -265,14 +268,31 @@ pub(crate) fn list(targets: &Targets) -> Result<BTreeMap<String, Target>, RoleEr
     targets.targets.iter().map(entry).collect()
 }
 
-pub(crate) fn parse<T: DeserializeOwned>(untrusted: &[u8]) -> Result<Signed<T>, RoleError> {
+pub(crate) fn parse<T: Role + DeserializeOwned>(untrusted: &[u8]) -> Result<Signed<T>, RoleError> {
     if untrusted.is_empty() {
         return Err(RoleError::Absent);
     }
     if untrusted.len() > MAX_ROLE {
         return Err(RoleError::TooLong(untrusted.len()));
     }
+    // `tough` passes over this field's value when it reads, and signs the right one when it checks.
+    let named: Named = serde_json::from_slice(untrusted).map_err(RoleError::Parse)?;
+    if named.signed.kind != T::TYPE.to_string() {
+        return Err(RoleError::Kind(T::TYPE));
+    }
     serde_json::from_slice(untrusted).map_err(RoleError::Parse)
+}
+
+/// The part of a metadata file that says which role it is.
+#[derive(Deserialize)]
+struct Named {
+    signed: NamedRole,
+}
+
+#[derive(Deserialize)]
+struct NamedRole {
+    #[serde(rename = "_type")]
+    kind: String,
 }
 
 pub(crate) fn has_signatures<T: Role + Serialize>(root: &Root, role: &Signed<T>) -> Result<(), RoleError> {
