@@ -5,7 +5,7 @@ use crate::{
     console, doctor,
     exit::{Exit, chain},
     host::Accelerator,
-    lease::Asker,
+    lease::{Asker, Running},
     office::HttpsOffice,
     qemu,
     session::Times,
@@ -240,7 +240,7 @@ impl Daemon {
         let asker = Asker {
             store: self.store.clone(),
             office: HttpsOffice::new(self.config.office.clone(), self.store.clone()),
-            release: plan.ready.manifest.image.release.clone(),
+            running: Running::of(&plan.ready.manifest, plan.machine.accelerator),
         };
         Ok(vm::run(plan, asker, started, commands, status).await?)
     }
@@ -339,11 +339,8 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
     let key = store.host_key()?;
     let records = store.records(&key.public())?;
     let manifest = slots::describe(store, &config.release_root)?;
-    allowed(&records.bundle, &manifest)?;
+    allowed(&records.bundle, &manifest, accelerator)?;
     let settings = &records.bundle.settings;
-    if accelerator.is_emulation() && !settings.allow_emulation {
-        return Err(StartError::NoKvm);
-    }
     let cpus_max = if accelerator.is_emulation() { CPUS_EMULATED_MAX } else { CPUS_MAX };
     let cpus = std::thread::available_parallelism().map_or(1, usize::from).min(cpus_max);
     let ready = slots::open(store, &config.release_root)?;
@@ -372,14 +369,13 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
 }
 
 /// Whether the policy lets this release start.
-pub(crate) fn allowed(bundle: &Bundle, manifest: &Manifest) -> Result<(), StartError> {
+pub(crate) fn allowed(
+    bundle: &Bundle,
+    manifest: &Manifest,
+    accelerator: Accelerator,
+) -> Result<(), StartError> {
     let (settings, image) = (&bundle.settings, &manifest.image);
-    if manifest.version < bundle.min_release {
-        return Err(StartError::OldRelease { version: manifest.version, floor: bundle.min_release });
-    }
-    if image.test && !settings.allow_test_image {
-        return Err(StartError::TestImage);
-    }
+    Running::of(manifest, accelerator).allowed_by(bundle)?;
     if settings.memory_mib < image.memory_mib_min {
         return Err(StartError::Memory { needed: image.memory_mib_min, given: settings.memory_mib });
     }

@@ -77,7 +77,7 @@ fn on_disk(daemon: &Daemon) -> Vec<Check> {
     let emulation = records.as_ref().is_ok_and(|records| records.bundle.settings.allow_emulation);
     checks.push(found("kvm", kvm(&daemon.config().kvm, store.kvm_verdict(), emulation)));
     if let (Ok(records), Ok(manifest)) = (&records, &release) {
-        let fits = crate::daemon::allowed(&records.bundle, manifest);
+        let fits = crate::daemon::allowed(&records.bundle, manifest, Accelerator::Kvm);
         checks.push(found(
             "policy",
             fits.map_err(|error| chain(&error)).map(|()| "it allows this release".to_owned()),

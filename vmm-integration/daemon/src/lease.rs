@@ -1,12 +1,18 @@
 //! From a guest's challenge to a lease that the host found good (`lease.md` 7 and 16).
 
 use crate::{
+    daemon::StartError,
     exit::chain,
+    host::Accelerator,
     office::{LeaseSource, Reply},
     session::{Answer, Granted, LeaseNote},
     store::{Store, StoreError},
 };
-use kontor_bundle::lease::{Checked, LeaseError, Parts, for_host};
+use kontor_bundle::{
+    Bundle,
+    lease::{Checked, LeaseError, Parts, for_host},
+};
+use kontor_release::Manifest;
 use kontor_trust::{Digest, Request, RequestKind, Verified, sign, verify_request};
 use kontor_wire::control::Challenge;
 use std::time::Duration;
@@ -18,6 +24,8 @@ enum Rejected {
     Lease(#[from] LeaseError),
     #[error("check the office's answer")]
     Store(#[from] StoreError),
+    #[error("the office's newest policy forbids what runs")]
+    Forbidden(#[source] StartError),
 }
 
 /// Asks for leases in the name of one device and one started release.
@@ -27,8 +35,44 @@ pub struct Asker<O> {
     pub store: Store,
     /// Who is asked.
     pub office: O,
-    /// Name of the started release, for people.
+    /// What was started.
+    pub running: Running,
+}
+
+/// What of a machine policy has a say in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Running {
+    /// Name of the release, for people.
     pub release: String,
+    /// Its version.
+    pub version: u64,
+    /// Whether it is a test image.
+    pub test: bool,
+    /// What executes it.
+    pub accelerator: Accelerator,
+}
+
+impl Running {
+    /// A machine that runs, or would run, this release.
+    #[must_use]
+    pub fn of(manifest: &Manifest, accelerator: Accelerator) -> Self {
+        let image = &manifest.image;
+        Self { release: image.release.clone(), version: manifest.version, test: image.test, accelerator }
+    }
+
+    /// Whether `bundle` lets it run.
+    pub(crate) fn allowed_by(&self, bundle: &Bundle) -> Result<(), StartError> {
+        if self.version < bundle.min_release {
+            return Err(StartError::OldRelease { version: self.version, floor: bundle.min_release });
+        }
+        if self.test && !bundle.settings.allow_test_image {
+            return Err(StartError::TestImage);
+        }
+        if self.accelerator.is_emulation() && !bundle.settings.allow_emulation {
+            return Err(StartError::NoKvm);
+        }
+        Ok(())
+    }
 }
 
 impl<O: LeaseSource> Asker<O> {
@@ -62,7 +106,7 @@ impl<O: LeaseSource> Asker<O> {
             boot_key: challenge.boot_key,
             seq: challenge.seq,
             verity_root: Digest(challenge.verity_root),
-            release: self.release.clone(),
+            release: self.running.release.clone(),
             keyset_version,
         };
         let envelope = sign::<RequestKind>(&request.payload(), &[&key]);
@@ -74,7 +118,9 @@ impl<O: LeaseSource> Asker<O> {
         let floor = self.store.keyset()?;
         let memory = self.store.memory()?;
         let checked = for_host(&floor, parts, request, &memory.for_leases())?;
+        // Kept also when it forbids what runs: the next start is decided by it.
         self.store.remember(&checked, &parts.keysets)?;
+        self.running.allowed_by(&checked.bundle).map_err(Rejected::Forbidden)?;
         Ok(checked)
     }
 }

@@ -6,7 +6,8 @@ mod tenant;
 
 use kontor_bundle::lease::Parts;
 use kontor_daemon::{
-    lease::Asker,
+    host::Accelerator,
+    lease::{Asker, Running},
     office::{LeaseSource, OfficeError, Reply},
     session::Answer,
     store::{Memory, Store, StoreError},
@@ -216,7 +217,12 @@ fn asker(
     respond: impl Fn(&[u8]) -> Result<Reply, OfficeError> + Send + Sync + 'static,
 ) -> Asker<Office> {
     let office = Office { respond: Arc::new(respond), seen: Arc::default() };
-    Asker { store: world.store.clone(), office, release: "smoke-1".into() }
+    Asker { store: world.store.clone(), office, running: running() }
+}
+
+/// A test image under emulation.
+fn running() -> Running {
+    Running { release: "smoke-1".into(), version: 1, test: true, accelerator: Accelerator::Tcg }
 }
 
 /// An office that answers well but for `bend`, and with `bundle` instead of the stored one.
@@ -237,6 +243,26 @@ async fn refused(asker: Asker<Office>) -> String {
     match asker.ask(challenge()).await {
         Answer::NotVerified(words) => words,
         other @ (Answer::Lease(_) | Answer::Refused(_) | Answer::Unreachable(_)) => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn newer_policy_that_forbids_what_runs_gives_no_lease_and_is_kept() {
+    type Forbid = fn(&mut kontor_bundle::Bundle);
+    let cases: [(Forbid, &str); 3] = [
+        (|bundle| bundle.settings.allow_test_image = false, "test image"),
+        (|bundle| bundle.settings.allow_emulation = false, "emulation"),
+        (|bundle| bundle.min_release = 2, "release"),
+    ];
+    for (forbid, words) in cases {
+        let world = World::provisioned();
+        let bundle = world.tenant.bundle(endpoint(), |bundle| {
+            bundle.revision = 2;
+            forbid(bundle);
+        });
+        let said = refused(bent(&world, bundle.clone(), |_| {})).await;
+        assert!(said.contains("forbids what runs") && said.contains(words), "{said}");
+        assert_eq!(fs::read(world.file("bundle.json")).unwrap(), bundle);
     }
 }
 

@@ -277,7 +277,9 @@ fn hurried(scenario: &'static str, divisor: u32) -> Status {
     let mut plan = plan(&config, &store, kontor_daemon::host::Accelerator::Tcg).unwrap();
     plan.times = Times::new(kontor_daemon::host::Accelerator::Kvm).divided_by(divisor);
     let office = HttpsOffice::new(config.office.clone(), store.clone());
-    let asker = Asker { store, office, release: "smoke-1".into() };
+    let running =
+        kontor_daemon::lease::Running::of(&plan.ready.manifest, kontor_daemon::host::Accelerator::Tcg);
+    let asker = Asker { store, office, running };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let status = watch::Sender::new(Status::off(true));
