@@ -14,7 +14,7 @@ use crate::{
     files::{self, FileError},
     out::Output,
 };
-use kontor_release::{Image, MAX_MANIFEST, Manifest, ManifestError, Piece};
+use kontor_release::{Image, MAX_MANIFEST, MAX_SEGMENT_KEYSETS, Manifest, ManifestError, Piece};
 use kontor_trust::{Digest, DigestError, KeysetError, MAX_ENVELOPE, TrustedKeyset};
 use std::path::{Path, PathBuf};
 
@@ -31,7 +31,7 @@ pub(crate) enum SignError {
     Id(PathBuf, #[source] DigestError),
     #[error("{0} has no keysets; kontorctl keyset init makes the first")]
     NoKeysets(PathBuf),
-    #[error("{0} has more than {MAX_KEYSETS} keysets")]
+    #[error("{0} has more than {MAX_SEGMENT_KEYSETS} keysets")]
     TooManyKeysets(PathBuf),
     #[error("keyset {0} is not the tenant's")]
     Keyset(PathBuf, #[source] KeysetError),
@@ -109,7 +109,7 @@ pub(crate) fn keysets(tenant: &Path) -> Result<(Digest, Keysets), SignError> {
     let directory = tenant.join("keysets");
     let names: Vec<String> =
         files::list(&directory)?.into_iter().filter(|name| name.ends_with(".json")).collect();
-    if names.len() > MAX_KEYSETS {
+    if names.len() > MAX_SEGMENT_KEYSETS {
         return Err(SignError::TooManyKeysets(directory));
     }
     let mut keysets = Vec::with_capacity(names.len());
@@ -132,8 +132,6 @@ pub(crate) const MANIFEST: &str = "manifest.json";
 const SEGMENT: &str = "segment";
 /// Most bytes of the file with the tenant's id.
 const MAX_ID: u64 = 80;
-/// Most keysets of a tenant, each at most [`MAX_ENVELOPE`] bytes: they lie in the guest's memory.
-const MAX_KEYSETS: usize = 256;
 
 #[cfg(test)]
 pub(crate) mod tests {
@@ -292,11 +290,11 @@ pub(crate) mod tests {
     #[test]
     fn tenant_with_too_many_keysets_is_refused() {
         let scene = Scene::new();
-        for number in 3..=MAX_KEYSETS + 1 {
+        for number in 3..=MAX_SEGMENT_KEYSETS + 1 {
             fs::write(scene.path(&format!("tenant/keysets/{number:08}.json")), "").unwrap();
         }
         assert!(matches!(scene.refused(), Failure::Sign(SignError::TooManyKeysets(_))));
-        fs::remove_file(scene.path(&format!("tenant/keysets/{:08}.json", MAX_KEYSETS + 1))).unwrap();
+        fs::remove_file(scene.path(&format!("tenant/keysets/{:08}.json", MAX_SEGMENT_KEYSETS + 1))).unwrap();
         // As many as allowed are read: the third is found to be no keyset.
         assert!(matches!(scene.refused(), Failure::Sign(SignError::Keyset(..))));
     }

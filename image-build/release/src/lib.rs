@@ -8,4 +8,6 @@ mod manifest;
 
 pub use cmdline::{CommandLine, CommandLineError};
 pub use kontor_trust::{Digest, DigestError};
-pub use manifest::{FORMAT, Image, MAX_MANIFEST, MAX_PIECE, Manifest, ManifestError, Piece, Verity};
+pub use manifest::{
+    FORMAT, Image, MAX_MANIFEST, MAX_PIECE, MAX_SEGMENT_KEYSETS, Manifest, ManifestError, Piece, Verity,
+};

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub const FORMAT: u32 = 1;
 /// Most bytes of a description.
 pub const MAX_MANIFEST: usize = 64 * 1024;
+/// Most keysets in a tenant's segment: the guest reads no more, so nobody signs more.
+pub const MAX_SEGMENT_KEYSETS: usize = 64;
 /// Most bytes of one piece: 16 GiB, far above any root image.
 pub const MAX_PIECE: u64 = 16 << 30;
 

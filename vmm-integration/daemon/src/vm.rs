@@ -228,7 +228,7 @@ fn release(ready: &Ready) -> Release {
 fn note(input: &Input) {
     match input {
         Input::Guest(FromGuest::State { state, at_ms }) => {
-            tracing::info!(state = state.name(), guest_ms = at_ms, "the guest reached a state");
+            tracing::debug!(state = state.name(), guest_ms = at_ms, "the guest reached a state");
         }
         Input::Guest(FromGuest::Challenge(challenge)) => {
             tracing::debug!(seq = challenge.seq, "the guest asks for a lease");

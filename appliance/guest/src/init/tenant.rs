@@ -3,14 +3,13 @@
 //! `/tenant/id` holds the tenant in hex; `/tenant/keyset-00000001.json` and so on its keysets. The
 //! newest of them is the floor from which every later chain is followed.
 
+use kontor_release::MAX_SEGMENT_KEYSETS;
 use kontor_trust::{Digest, KeysetError, MAX_ENVELOPE, TrustedKeyset};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// Where the initrd holds it.
 pub(crate) const DIRECTORY: &str = "/tenant";
-/// Most keysets of a segment.
-const KEYSETS_MAX: usize = 64;
 /// Bytes of `/tenant/id`: 64 digits and a newline.
 const ID_LEN: usize = 65;
 
@@ -23,7 +22,7 @@ pub(crate) enum TenantError {
     TooLong { path: PathBuf, limit: usize },
     #[error("{DIRECTORY}/id is no tenant")]
     Id,
-    #[error("{DIRECTORY} holds more than {KEYSETS_MAX} keysets")]
+    #[error("{DIRECTORY} holds more than {MAX_SEGMENT_KEYSETS} keysets")]
     TooMany,
     #[error("{DIRECTORY} holds {0:?}, which does not belong there")]
     Stranger(PathBuf),
@@ -55,7 +54,7 @@ fn count(directory: &Path) -> Result<usize, TenantError> {
             Some(text) if text.starts_with("keyset-") => count += 1,
             Some(_) | None => return Err(TenantError::Stranger(name.into())),
         }
-        if count > KEYSETS_MAX {
+        if count > MAX_SEGMENT_KEYSETS {
             return Err(TenantError::TooMany);
         }
     }
@@ -159,11 +158,11 @@ mod tests {
     fn as_many_keysets_as_allowed_are_counted_and_one_more_is_refused() {
         let office = Office::new();
         let directory = segment(&office, &[]);
-        for version in 1..=KEYSETS_MAX {
+        for version in 1..=MAX_SEGMENT_KEYSETS {
             write(directory.path().join(keyset_name(version)), b"").unwrap();
         }
-        assert_eq!(count(directory.path()).unwrap(), KEYSETS_MAX);
-        write(directory.path().join(keyset_name(KEYSETS_MAX + 1)), b"").unwrap();
+        assert_eq!(count(directory.path()).unwrap(), MAX_SEGMENT_KEYSETS);
+        write(directory.path().join(keyset_name(MAX_SEGMENT_KEYSETS + 1)), b"").unwrap();
         assert!(matches!(count(directory.path()), Err(TenantError::TooMany)));
     }
 }
