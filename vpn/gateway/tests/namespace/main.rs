@@ -23,7 +23,7 @@ use process::{Site, unix_now};
 use vm::Vm;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
     // Before libtest-mimic has threads.
     let missing = net::enter_namespace().err();
     let tests: [(&str, fn()); 18] = [
@@ -58,6 +58,8 @@ fn main() -> ExitCode {
                 .map_err(|_| Failed::from("panicked")),
         })
     });
+    // One at a time: they share a network namespace with its addresses and ports.
+    arguments.test_threads = Some(1);
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
