@@ -263,7 +263,10 @@ impl Gateway {
 
     /// Says something at the door, and gives the answer.
     pub(crate) fn say(&self, text: &str) -> String {
-        let mut stream = UnixStream::connect(&self.door).unwrap();
+        let mut stream = UnixStream::connect(&self.door).unwrap_or_else(|error| {
+            let said: Vec<String> = self.lines.lock().unwrap().try_iter().collect();
+            panic!("the gateway's door: {error}; since it was ready it said {said:#?}")
+        });
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(text.as_bytes()).unwrap();
         let mut answer = String::new();
