@@ -91,7 +91,8 @@ impl<O: LeaseSource> Asker<O> {
         };
         match self.accept(&request, &parts) {
             Ok(checked) => Answer::Lease(Box::new(grant(parts, &checked))),
-            Err(error) => Answer::NotVerified(chain(&error)),
+            Err(error @ Rejected::Forbidden(_)) => Answer::Forbidden(chain(&error)),
+            Err(error @ (Rejected::Lease(_) | Rejected::Store(_))) => Answer::NotVerified(chain(&error)),
         }
     }
 

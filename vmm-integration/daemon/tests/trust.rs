@@ -266,7 +266,9 @@ fn challenge() -> Challenge {
 async fn refused(asker: Asker<Office>) -> String {
     match asker.ask(challenge()).await {
         Answer::NotVerified(words) => words,
-        other @ (Answer::Lease(_) | Answer::Refused(_) | Answer::Unreachable(_)) => panic!("{other:?}"),
+        other @ (Answer::Lease(_) | Answer::Refused(_) | Answer::Unreachable(_) | Answer::Forbidden(_)) => {
+            panic!("{other:?}")
+        }
     }
 }
 
@@ -284,7 +286,8 @@ async fn newer_policy_that_forbids_what_runs_gives_no_lease_and_is_kept() {
             bundle.revision = 2;
             forbid(bundle);
         });
-        let said = refused(bent(&world, bundle.clone(), |_| {})).await;
+        let answer = bent(&world, bundle.clone(), |_| {}).ask(challenge()).await;
+        let Answer::Forbidden(said) = answer else { panic!("{answer:?}") };
         assert!(said.contains("forbids what runs") && said.contains(words), "{said}");
         assert_eq!(world.documents().1, bundle);
     }
