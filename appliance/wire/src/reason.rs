@@ -47,6 +47,8 @@ pub enum StopReason {
     Garbage,
     /// Seen by the host: the guest stayed silent for too long.
     Silent,
+    /// Seen by the host: the office's newest rules forbid what runs.
+    Forbidden,
 }
 
 impl StopReason {
@@ -75,6 +77,7 @@ impl StopReason {
             Self::Vanished => "vanished",
             Self::Garbage => "garbage",
             Self::Silent => "silent",
+            Self::Forbidden => "forbidden",
         }
     }
 
@@ -109,6 +112,9 @@ impl StopReason {
             Self::Vanished => "The work VM ended without a word; start it again.",
             Self::Garbage => "The work VM broke the rules of its channel and was stopped; tell IT.",
             Self::Silent => "The work VM did not answer any more and was stopped; start it again.",
+            Self::Forbidden => {
+                "Your company's newest rules do not allow this work VM here; install an update, or ask IT."
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::{
     config::{Config, ConfigError},
     console, doctor,
     exit::{Exit, chain},
-    host::Accelerator,
+    host::{Accelerator, unix_now},
     lease::{Asker, Running},
     office::HttpsOffice,
     qemu,
@@ -241,6 +241,7 @@ impl Daemon {
             store: self.store.clone(),
             office: HttpsOffice::new(self.config.office.clone(), self.store.clone()),
             running: Running::of(&plan.ready.manifest, plan.machine.accelerator),
+            clock: unix_now,
         };
         Ok(vm::run(plan, asker, started, commands, status).await?)
     }

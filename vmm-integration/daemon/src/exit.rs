@@ -76,7 +76,8 @@ impl From<StopReason> for Exit {
             | StopReason::NoModule
             | StopReason::NoDisk
             | StopReason::NoUplink
-            | StopReason::BadControl => Self::HostLacks,
+            | StopReason::BadControl
+            | StopReason::Forbidden => Self::HostLacks,
             StopReason::NoLease | StopReason::NoTunnel | StopReason::LeaseExpired => Self::Unreachable,
             StopReason::UplinkFailed
             | StopReason::ProcessDied

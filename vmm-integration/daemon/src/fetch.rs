@@ -12,6 +12,7 @@
 
 use crate::{
     exit::Exit,
+    host,
     slots::MANIFEST,
     store::{Store, StoreError, io_error},
 };
@@ -31,7 +32,6 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::{SystemTime, UNIX_EPOCH},
 };
 use tough::{
     Bytes, FilesystemTransport, IntoVec, Prefix, Repository, RepositoryLoader, TargetName, Transport,
@@ -272,7 +272,7 @@ fn choose(
 
 /// Makes `tough`'s memory ready, but for its memory of time.
 fn prepare(store: &Store) -> Result<PathBuf, FetchError> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = host::unix_now();
     let lease = store.memory()?.issued_at;
     if now.saturating_add(CLOCK_SLACK_S) < lease {
         return Err(FetchError::Clock { now, lease });

@@ -2,7 +2,11 @@
 
 use crate::sys;
 use serde::{Deserialize, Serialize};
-use std::{fs::OpenOptions, path::Path};
+use std::{
+    fs::OpenOptions,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +46,11 @@ impl Accelerator {
             Self::Tcg => true,
         }
     }
+}
+
+/// The host's clock, in Unix seconds.
+pub(crate) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Where the kernel offers KVM.

@@ -37,6 +37,8 @@ pub struct Asker<O> {
     pub office: O,
     /// What was started.
     pub running: Running,
+    /// The host's clock, in Unix seconds. Nobody else's, and it may be wrong.
+    pub clock: fn() -> u64,
 }
 
 /// What of a machine policy has a say in.
@@ -89,7 +91,8 @@ impl<O: LeaseSource> Asker<O> {
         };
         match self.accept(&request, &parts) {
             Ok(checked) => Answer::Lease(Box::new(grant(parts, &checked))),
-            Err(error) => Answer::NotVerified(chain(&error)),
+            Err(error @ Rejected::Forbidden(_)) => Answer::Forbidden(chain(&error)),
+            Err(error @ (Rejected::Lease(_) | Rejected::Store(_))) => Answer::NotVerified(chain(&error)),
         }
     }
 
@@ -116,8 +119,8 @@ impl<O: LeaseSource> Asker<O> {
 
     fn accept(&self, request: &Verified<RequestKind>, parts: &Parts) -> Result<Checked, Rejected> {
         let floor = self.store.keyset()?;
-        let memory = self.store.memory()?;
-        let checked = for_host(&floor, parts, request, &memory.for_leases())?;
+        let memory = self.store.memory()?.for_leases().as_of((self.clock)());
+        let checked = for_host(&floor, parts, request, &memory)?;
         // Kept also when it forbids what runs: the next start is decided by it.
         self.store.remember(&checked, &parts.keysets)?;
         self.running.allowed_by(&checked.bundle).map_err(Rejected::Forbidden)?;

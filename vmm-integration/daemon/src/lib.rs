@@ -22,6 +22,10 @@ pub mod daemon;
 mod doctor;
 pub mod exit;
 mod fetch;
+#[cfg(test)]
+#[expect(dead_code, reason = "the programs' tests use all of it")]
+#[path = "../tests/tenant/mod.rs"]
+mod fixture;
 pub mod host;
 pub mod lease;
 mod lines;

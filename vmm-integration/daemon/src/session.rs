@@ -66,6 +66,8 @@ pub enum Answer {
     Unreachable(String),
     /// The answer is not what it must be.
     NotVerified(String),
+    /// The answer is good, and its bundle forbids what runs.
+    Forbidden(String),
 }
 
 /// A lease and what the host does about it.
@@ -366,6 +368,12 @@ impl Session {
             }
             Answer::Refused(words) | Answer::Unreachable(words) => (words, true),
             Answer::NotVerified(words) => (words, false),
+            // The company says so under its policy's signature: now, not when the lease ends.
+            Answer::Forbidden(words) => {
+                self.office_words = Some(cut(words.clone()));
+                self.decide(StopReason::Forbidden, Witness::Host, words);
+                return self.power_off(now);
+            }
         };
         self.office_words = Some(cut(words.clone()));
         if verified || self.lease.is_some() {
@@ -452,7 +460,11 @@ impl Session {
 /// Reasons that only a host can see.
 fn is_the_hosts(reason: StopReason) -> bool {
     match reason {
-        StopReason::KernelPanic | StopReason::Vanished | StopReason::Garbage | StopReason::Silent => true,
+        StopReason::KernelPanic
+        | StopReason::Vanished
+        | StopReason::Garbage
+        | StopReason::Silent
+        | StopReason::Forbidden => true,
         StopReason::Requested
         | StopReason::BadCommandLine
         | StopReason::NoModule

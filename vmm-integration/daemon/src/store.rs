@@ -3,8 +3,7 @@
 //! ```text
 //! host.key                PKCS#8, mode 0600
 //! keysets/00000001.json   … rising, without a gap
-//! device.json bundle.json
-//! memory.json             the highest that was ever seen of each
+//! memory.json             the device record, the bundle, and the highest that was ever seen of each kind
 //! slots/A/                the installed release
 //! kvm.json                whether KVM ran a guest when it was last tried
 //! fetched/                the newest release metadata that was ever fetched
@@ -12,9 +11,11 @@
 //! lock                    held while something above changes
 //! ```
 //!
-//! Everything is verified when it is read, from the tenant's hash on. An older state of these files than
-//! `memory.json` remembers is refused; who can set back all of them together can set back the host.
-//! Each file is replaced as a whole: written beside, flushed, renamed.
+//! Everything is verified when it is read, from the tenant's hash on. Older documents than those that
+//! `memory.json` remembers are refused; who can set it back can set back the host.
+//! Each file is replaced as a whole: written beside, flushed, renamed. A change is one such step: keysets are
+//! written first and count when `memory.json` names their number, so that at any moment record, bundle and
+//! newest keyset are those of one change.
 
 mod error;
 mod files;
@@ -28,12 +29,13 @@ use kontor_bundle::{
     lease::{Checked, HostMemory},
 };
 use kontor_trust::{
-    BundleKind, Device, DeviceId, DeviceKind, DeviceState, Digest, KeysetError, MAX_ENVELOPE, PublicKey,
-    SecretKey, TrustedKeyset, Verified,
+    BundleKind, Device, DeviceId, DeviceKind, DeviceState, Digest, KeysetError, Line, MAX_ENVELOPE,
+    PublicKey, SecretKey, TrustedKeyset, Verified,
 };
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeMap,
     fs::{self, DirBuilder, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
@@ -41,20 +43,24 @@ use std::{
 };
 use zeroize::Zeroizing;
 
-/// Most bytes of `host.key` and `memory.json`.
+/// Most bytes of `host.key` and `kvm.json`.
 const SMALL_MAX: u64 = 4096;
+/// Most bytes of `memory.json`: two envelopes, each quote of theirs escaped, and the numbers.
+const MEMORY_MAX: u64 = 5 * MAX_ENVELOPE as u64;
 /// Most keysets that are kept.
 pub const MAX_STORED_KEYSETS: u64 = 10_000;
 
 /// The highest versions that were ever seen (`lease.md` 16).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// Of a keyset.
+    /// Of a keyset: the newest one that counts.
     pub keyset_version: u64,
-    /// Of the bundle of the device's line.
-    pub revision: u64,
-    /// When the last lease was issued, in Unix seconds.
+    /// Serial of the device's record.
+    pub serial: u64,
+    /// Of bundles, for each line that the device was ever in.
+    pub revisions: BTreeMap<Line, u64>,
+    /// When the last lease was issued, in Unix seconds by the office's clock.
     pub issued_at: u64,
     /// Of an installed release.
     pub manifest_version: u64,
@@ -63,9 +69,50 @@ pub struct Memory {
 impl Memory {
     /// The part that leases are checked against.
     #[must_use]
-    pub fn for_leases(&self) -> HostMemory {
-        let Self { keyset_version, revision, issued_at, manifest_version: _ } = *self;
-        HostMemory { keyset_version, revision, issued_at }
+    pub fn for_leases(self) -> HostMemory {
+        let Self { keyset_version, serial, revisions, issued_at, manifest_version: _ } = self;
+        HostMemory { keyset_version, serial, revisions, issued_at }
+    }
+}
+
+impl Memory {
+    /// The highest revision of a line's bundle, 0 before the first.
+    #[must_use]
+    pub fn revision(&self, line: &Line) -> u64 {
+        self.revisions.get(line).copied().unwrap_or_default()
+    }
+
+    /// What is remembered once these count.
+    fn after(self, keyset: &TrustedKeyset, device: &Device, bundle: &Bundle) -> Self {
+        let Self { keyset_version, mut revisions, issued_at, manifest_version, .. } = self;
+        let known = revisions.entry(bundle.line.clone()).or_default();
+        *known = bundle.revision.max(*known);
+        let keyset_version = keyset.version().max(keyset_version);
+        Self { keyset_version, serial: device.serial, revisions, issued_at, manifest_version }
+    }
+}
+
+/// `memory.json`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    seen: Memory,
+    /// None before the first were provisioned.
+    documents: Option<Documents>,
+}
+
+/// The envelopes of the newest documents, which are text.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Documents {
+    device: String,
+    bundle: String,
+}
+
+impl Documents {
+    fn new(device: &Verified<DeviceKind>, bundle: &Verified<BundleKind>) -> Self {
+        let text = |envelope: &[u8]| String::from_utf8_lossy(envelope).into_owned();
+        Self { device: text(device.envelope()), bundle: text(bundle.envelope()) }
     }
 }
 
@@ -90,6 +137,8 @@ pub struct Store {
 
 /// Identifies a boot of the host (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// What was seen, and the newest documents.
+const MEMORY: &str = "memory.json";
 /// What trying KVM came to.
 const KVM_VERDICT: &str = "kvm.json";
 
@@ -103,6 +152,9 @@ struct KvmVerdict {
 fn boot_id() -> io::Result<String> {
     fs::read_to_string(BOOT_ID)
 }
+
+/// A file, and what it becomes.
+type Step = (PathBuf, Vec<u8>);
 
 /// Held while files of the store change; released when dropped.
 #[derive(Debug)]
@@ -232,9 +284,13 @@ impl Store {
     /// # Errors
     /// [`StoreError`] when the file cannot be read or understood.
     pub fn memory(&self) -> Result<Memory, StoreError> {
-        match read(&self.dir.join("memory.json"), SMALL_MAX) {
+        Ok(self.kept()?.seen)
+    }
+
+    fn kept(&self) -> Result<Kept, StoreError> {
+        match read(&self.dir.join(MEMORY), MEMORY_MAX) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(StoreError::Memory),
-            Err(error) if error.is_missing() => Ok(Memory::default()),
+            Err(error) if error.is_missing() => Ok(Kept::default()),
             Err(error) => Err(error),
         }
     }
@@ -244,9 +300,14 @@ impl Store {
     /// # Errors
     /// [`StoreError`] when a link is missing or wrong.
     pub fn keyset(&self) -> Result<TrustedKeyset, StoreError> {
+        self.keyset_up_to(self.memory()?.keyset_version)
+    }
+
+    /// A file of a later version than `known` is of a change that was never completed.
+    fn keyset_up_to(&self, known: u64) -> Result<TrustedKeyset, StoreError> {
         let first = read(&self.keyset_path(1)?, MAX_ENVELOPE as u64)?;
         let mut newest = TrustedKeyset::first(&first, &self.tenant).map_err(keyset_error(1))?;
-        loop {
+        while newest.version() < known {
             let version = newest.version() + 1;
             match read(&self.keyset_path(version)?, MAX_ENVELOPE as u64) {
                 Ok(next) => newest = newest.advance(&next).map_err(keyset_error(version))?,
@@ -254,7 +315,7 @@ impl Store {
                 Err(error) => return Err(error),
             }
         }
-        not_older("stored keyset", newest.version(), self.memory()?.keyset_version)?;
+        not_older("stored keyset", newest.version(), known)?;
         Ok(newest)
     }
 
@@ -263,12 +324,13 @@ impl Store {
     /// # Errors
     /// [`StoreError`] names what is missing or wrong.
     pub fn records(&self, host_key: &PublicKey) -> Result<Records, StoreError> {
-        let keyset = self.keyset()?;
-        let device = read(&self.dir.join("device.json"), MAX_ENVELOPE as u64)?;
-        let (_, device) = self.check_device(&keyset, &device, host_key)?;
-        let bundle = read(&self.dir.join("bundle.json"), MAX_ENVELOPE as u64)?;
-        let (_, bundle) = self.check_bundle(&keyset, &bundle, &device)?;
-        not_older("stored bundle", bundle.revision, self.memory()?.revision)?;
+        let Kept { seen, documents } = self.kept()?;
+        let documents = documents.ok_or(StoreError::NoDocuments)?;
+        let keyset = self.keyset_up_to(seen.keyset_version)?;
+        let (_, device) = self.check_device(&keyset, documents.device.as_bytes(), host_key)?;
+        not_older("stored device record", device.serial, seen.serial)?;
+        let (_, bundle) = self.check_bundle(&keyset, documents.bundle.as_bytes(), &device)?;
+        not_older("stored bundle", bundle.revision, seen.revision(&bundle.line))?;
         Ok(Records { keyset, device, bundle })
     }
 
@@ -285,7 +347,8 @@ impl Store {
     ) -> Result<Records, StoreError> {
         let host_key = self.host_key()?.public();
         let _lock = self.lock()?;
-        let (floor, links) = match self.keyset() {
+        let Kept { seen, documents } = self.kept()?;
+        let (floor, links) = match self.keyset_up_to(seen.keyset_version) {
             Ok(floor) => (floor, untrusted_keysets),
             Err(error) if error.is_missing() => {
                 let (first, links) = untrusted_keysets.split_first().ok_or(error)?;
@@ -296,16 +359,16 @@ impl Store {
         let chain = chain(floor, links)?;
         let keyset = newest(&chain).clone();
         let (verified_device, device) = self.check_device(&keyset, untrusted_device, &host_key)?;
-        if let Ok(stored) = read(&self.dir.join("device.json"), MAX_ENVELOPE as u64)
-            && let Ok((_, stored)) = self.check_device(&keyset, &stored, &host_key)
+        // Of a host that was enrolled anew the numbers may begin again.
+        if let Some(stored) = documents
+            && let Ok((_, stored)) = self.check_device(&keyset, stored.device.as_bytes(), &host_key)
         {
             not_older("device record", device.serial, stored.serial)?;
         }
         let (verified_bundle, bundle) = self.check_bundle(&keyset, untrusted_bundle, &device)?;
-        not_older("bundle", bundle.revision, self.memory()?.revision)?;
-        self.write(&chain, &verified_device, &verified_bundle, |memory| {
-            memory.revision = bundle.revision;
-        })?;
+        not_older("bundle", bundle.revision, seen.revision(&bundle.line))?;
+        let seen = seen.after(&keyset, &device, &bundle);
+        self.write(&self.change(&chain, Documents::new(&verified_device, &verified_bundle), seen)?)?;
         Ok(Records { keyset, device, bundle })
     }
 
@@ -315,47 +378,45 @@ impl Store {
     /// [`StoreError`] when it cannot be written.
     pub fn remember(&self, checked: &Checked, untrusted_keysets: &[Vec<u8>]) -> Result<(), StoreError> {
         let _lock = self.lock()?;
-        let chain = chain(self.keyset()?, untrusted_keysets)?;
-        self.write(&chain, &checked.verified_device, &checked.verified_bundle, |memory| {
-            memory.revision = memory.revision.max(checked.bundle.revision);
-            memory.issued_at = memory.issued_at.max(checked.lease.issued_at);
-        })
+        let seen = self.memory()?;
+        let chain = chain(self.keyset_up_to(seen.keyset_version)?, untrusted_keysets)?;
+        let Checked { device, bundle, verified_device, verified_bundle, lease, .. } = checked;
+        // Not the later one of two: what was in the host's future is forgotten ([`HostMemory::as_of`]).
+        let seen = Memory { issued_at: lease.issued_at, ..seen.after(newest(&chain), device, bundle) };
+        self.write(&self.change(&chain, Documents::new(verified_device, verified_bundle), seen)?)
     }
 
     /// Remembers that a release of this version was installed. The caller holds the lock.
     pub(crate) fn remember_release(&self, version: u64) -> Result<(), StoreError> {
-        let mut memory = self.memory()?;
-        memory.manifest_version = memory.manifest_version.max(version);
-        self.write_memory(&memory)
+        let mut kept = self.kept()?;
+        kept.seen.manifest_version = kept.seen.manifest_version.max(version);
+        self.write(&[self.memory_step(&kept)?])
     }
 
-    /// Documents first, memory last: a crash in between leaves newer documents than are remembered, which
-    /// is allowed, and never the opposite.
-    fn write(
+    /// The steps of a change, the last of which is the one that makes it count.
+    fn change(
         &self,
         chain: &[TrustedKeyset],
-        device: &Verified<DeviceKind>,
-        bundle: &Verified<BundleKind>,
-        change: impl FnOnce(&mut Memory),
-    ) -> Result<(), StoreError> {
-        for keyset in chain {
-            let path = self.keyset_path(keyset.version())?;
-            if !path.exists() {
-                replace(&path, keyset.envelope())?;
-            }
+        documents: Documents,
+        seen: Memory,
+    ) -> Result<Vec<Step>, StoreError> {
+        let known = self.memory()?.keyset_version;
+        let mut steps = Vec::new();
+        for keyset in chain.iter().filter(|keyset| known < keyset.version()) {
+            steps.push((self.keyset_path(keyset.version())?, keyset.envelope().to_vec()));
         }
-        replace(&self.dir.join("device.json"), device.envelope())?;
-        replace(&self.dir.join("bundle.json"), bundle.envelope())?;
-        let mut memory = self.memory()?;
-        memory.keyset_version = memory.keyset_version.max(newest(chain).version());
-        change(&mut memory);
-        self.write_memory(&memory)
+        steps.push(self.memory_step(&Kept { seen, documents: Some(documents) })?);
+        Ok(steps)
     }
 
-    fn write_memory(&self, memory: &Memory) -> Result<(), StoreError> {
-        let mut bytes = serde_json::to_vec(memory).map_err(StoreError::Memory)?;
+    fn memory_step(&self, kept: &Kept) -> Result<Step, StoreError> {
+        let mut bytes = serde_json::to_vec(kept).map_err(StoreError::Memory)?;
         bytes.push(b'\n');
-        replace(&self.dir.join("memory.json"), &bytes)
+        Ok((self.dir.join(MEMORY), bytes))
+    }
+
+    fn write(&self, steps: &[Step]) -> Result<(), StoreError> {
+        steps.iter().try_for_each(|(path, bytes)| replace(path, bytes))
     }
 
     fn keyset_path(&self, version: u64) -> Result<PathBuf, StoreError> {
@@ -432,15 +493,4 @@ pub(crate) fn not_older(what: &'static str, found: u64, known: u64) -> Result<()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn keysets_have_numbers_up_to_the_limit() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path(), Digest([1; 32]), "laptop-7".parse().unwrap()).unwrap();
-        assert!(store.keyset_path(MAX_STORED_KEYSETS).is_ok());
-        let refused = store.keyset_path(MAX_STORED_KEYSETS + 1);
-        assert!(matches!(refused, Err(StoreError::KeysetNumber(10_001))));
-    }
-}
+mod tests;

@@ -12,9 +12,10 @@ use kontor_daemon::{
     session::Answer,
     store::{Memory, Store, StoreError},
 };
-use kontor_trust::{Device, DeviceState, Digest, Lease, Request, verify_request};
+use kontor_trust::{Device, DeviceState, Digest, Lease, Line, Request, verify_request};
 use kontor_wire::control::Challenge;
 use std::{
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
     os::unix::fs::PermissionsExt,
@@ -29,6 +30,11 @@ struct World {
     store: Store,
     device: Vec<u8>,
     bundle: Vec<u8>,
+}
+
+/// What is remembered of the one line.
+fn revisions(revision: u64) -> BTreeMap<Line, u64> {
+    [("office".parse().unwrap(), revision)].into()
 }
 
 fn endpoint() -> SocketAddr {
@@ -63,6 +69,22 @@ impl World {
         self.dir.path().join(self.tenant.id.to_string()).join("laptop-7").join(name)
     }
 
+    /// The stored device record and bundle.
+    fn documents(&self) -> (Vec<u8>, Vec<u8>) {
+        let memory: serde_json::Value =
+            serde_json::from_slice(&fs::read(self.file("memory.json")).unwrap()).unwrap();
+        let envelope = |name: &str| memory["documents"][name].as_str().unwrap().as_bytes().to_vec();
+        (envelope("device"), envelope("bundle"))
+    }
+
+    /// Puts a document into the store as one does who may write there.
+    fn put(&self, name: &str, envelope: &[u8]) {
+        let path = self.file("memory.json");
+        let mut memory: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        memory["documents"][name] = std::str::from_utf8(envelope).unwrap().into();
+        fs::write(path, memory.to_string()).unwrap();
+    }
+
     fn bend_device(&mut self, bend: impl FnOnce(&mut Device)) {
         self.device = self.tenant.device(self.store.host_key().unwrap().public(), bend);
     }
@@ -72,11 +94,10 @@ impl World {
 fn provisioned_documents_are_stored_as_they_came_and_verify() {
     let world = World::provisioned();
     world.records().unwrap();
-    assert_eq!(fs::read(world.file("device.json")).unwrap(), world.device);
-    assert_eq!(fs::read(world.file("bundle.json")).unwrap(), world.bundle);
+    assert_eq!(world.documents(), (world.device.clone(), world.bundle.clone()));
     assert_eq!(fs::read(world.file("keysets/00000001.json")).unwrap(), world.tenant.keysets[0]);
     let memory = world.store.memory().unwrap();
-    assert_eq!(memory, Memory { keyset_version: 1, revision: 1, issued_at: 0, manifest_version: 0 });
+    assert_eq!(memory, Memory { keyset_version: 1, serial: 1, revisions: revisions(1), ..Memory::default() });
     // Again is no step back.
     world.provision().unwrap();
 }
@@ -147,8 +168,8 @@ fn what_is_older_than_what_was_seen_is_refused() {
     world.bundle = new;
     world.bend_device(|device| device.serial = 4);
     assert!(matches!(world.provision(), Err(StoreError::Older { what: "device record", .. })));
-    // Nor is an old file that was put back by hand.
-    fs::write(world.file("bundle.json"), old).unwrap();
+    // Nor is an old document that was put back by hand.
+    world.put("bundle", &old);
     assert!(matches!(world.records(), Err(StoreError::Older { what: "stored bundle", .. })));
 }
 
@@ -174,13 +195,16 @@ fn chain_of_keysets_grows_and_none_of_its_links_may_be_missing() {
 #[test]
 fn changed_stored_document_is_refused() {
     let world = World::provisioned();
-    for name in ["keysets/00000001.json", "device.json", "bundle.json", "memory.json"] {
+    for name in ["keysets/00000001.json", "memory.json"] {
         let path = world.file(name);
         let good = fs::read(&path).unwrap();
-        let mut bad = good.clone();
-        bad[20] ^= 1;
-        fs::write(&path, bad).unwrap();
-        assert!(world.records().is_err(), "{name}");
+        // A byte in each tenth of it.
+        for at in (0..10).map(|tenth| good.len() * tenth / 10) {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            fs::write(&path, bad).unwrap();
+            assert!(world.records().is_err(), "byte {at} of {name}");
+        }
         fs::write(&path, good).unwrap();
     }
     world.records().unwrap();
@@ -217,7 +241,7 @@ fn asker(
     respond: impl Fn(&[u8]) -> Result<Reply, OfficeError> + Send + Sync + 'static,
 ) -> Asker<Office> {
     let office = Office { respond: Arc::new(respond), seen: Arc::default() };
-    Asker { store: world.store.clone(), office, running: running() }
+    Asker { store: world.store.clone(), office, running: running(), clock: || NOW }
 }
 
 /// A test image under emulation.
@@ -242,7 +266,9 @@ fn challenge() -> Challenge {
 async fn refused(asker: Asker<Office>) -> String {
     match asker.ask(challenge()).await {
         Answer::NotVerified(words) => words,
-        other @ (Answer::Lease(_) | Answer::Refused(_) | Answer::Unreachable(_)) => panic!("{other:?}"),
+        other @ (Answer::Lease(_) | Answer::Refused(_) | Answer::Unreachable(_) | Answer::Forbidden(_)) => {
+            panic!("{other:?}")
+        }
     }
 }
 
@@ -260,9 +286,10 @@ async fn newer_policy_that_forbids_what_runs_gives_no_lease_and_is_kept() {
             bundle.revision = 2;
             forbid(bundle);
         });
-        let said = refused(bent(&world, bundle.clone(), |_| {})).await;
+        let answer = bent(&world, bundle.clone(), |_| {}).ask(challenge()).await;
+        let Answer::Forbidden(said) = answer else { panic!("{answer:?}") };
         assert!(said.contains("forbids what runs") && said.contains(words), "{said}");
-        assert_eq!(fs::read(world.file("bundle.json")).unwrap(), bundle);
+        assert_eq!(world.documents().1, bundle);
     }
 }
 
@@ -278,8 +305,9 @@ async fn good_answer_is_on_disk_before_anybody_acts_on_it() {
     assert_eq!(granted.off_after.as_secs(), 600 + 60);
     assert_eq!(granted.parts.bundle, bundle);
     let memory = world.store.memory().unwrap();
-    assert_eq!(memory, Memory { keyset_version: 2, revision: 2, issued_at: NOW, manifest_version: 0 });
-    assert_eq!(fs::read(world.file("bundle.json")).unwrap(), bundle);
+    let seen = Memory { keyset_version: 2, serial: 1, revisions: revisions(2), ..Memory::default() };
+    assert_eq!(memory, Memory { issued_at: NOW, ..seen });
+    assert_eq!(world.documents().1, bundle);
     world.records().unwrap();
 }
 
@@ -329,6 +357,31 @@ async fn answer_older_than_what_was_seen_is_refused() {
 }
 
 #[tokio::test]
+async fn control_that_wrote_a_time_far_ahead_shuts_nobody_out() {
+    let world = World::provisioned();
+    let asker = |bend| bent(&world, world.bundle.clone(), bend);
+    let far = asker(|lease| {
+        (lease.issued_at, lease.not_after) =
+            (lease.issued_at + 1_000_000_000, lease.not_after + 1_000_000_000);
+    });
+    // No gateway makes a peer of it, but the host cannot know.
+    assert!(matches!(far.ask(challenge()).await, Answer::Lease(_)));
+    assert_eq!(world.store.memory().unwrap().issued_at, NOW + 1_000_000_000);
+    assert!(matches!(asker(|_| {}).ask(challenge()).await, Answer::Lease(_)));
+    assert_eq!(world.store.memory().unwrap().issued_at, NOW);
+    refused(asker(|lease| lease.issued_at -= 1)).await;
+}
+
+#[tokio::test]
+async fn hosts_clock_at_2030_and_back_stops_nothing() {
+    let world = World::provisioned();
+    for clock in [|| NOW + 100_000_000, || NOW, || 0] {
+        let asker = Asker { clock, ..bent(&world, world.bundle.clone(), |_| {}) };
+        assert!(matches!(asker.ask(challenge()).await, Answer::Lease(_)));
+    }
+}
+
+#[tokio::test]
 async fn lease_of_another_company_is_refused() {
     let world = World::provisioned();
     let parts = Parts { keysets: vec![b"{}".to_vec()], ..Parts::default() };
@@ -368,7 +421,7 @@ async fn office_that_says_no_or_nothing_is_told_apart() {
 async fn revoked_device_that_is_told_so_does_not_ask_again() {
     let mut world = World::provisioned();
     world.bend_device(|device| device.state = DeviceState::Revoked);
-    fs::write(world.file("device.json"), &world.device).unwrap();
+    world.put("device", &world.device);
     let asker = bent(&world, world.bundle.clone(), |_| {});
     assert!(matches!(asker.ask(challenge()).await, Answer::NotVerified(words) if words.contains("revoked")));
     assert!(asker.office.seen.lock().unwrap().is_empty());

@@ -14,14 +14,17 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kontor_bundle::lease::Admit;
+use kontor_trust::DeviceId;
 use kontor_vpn::AddPeerError;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 
+use crate::files;
 use crate::office::{AdmitError, Office, Outcome};
 use crate::plane::{Order, unix_now};
 
@@ -47,11 +50,12 @@ pub(crate) struct Doorman {
     pub(crate) plane: Orders,
 }
 
-/// The way to the data path.
+/// One thread's way to the data path, which learns when it is dropped.
 pub(crate) struct Orders {
-    pub(crate) orders: SyncSender<Order>,
+    /// Until this is dropped.
+    orders: Option<SyncSender<Order>>,
     /// The data path's eventfd.
-    pub(crate) wake: OwnedFd,
+    wake: OwnedFd,
 }
 
 /// The data path has ended.
@@ -59,11 +63,28 @@ pub(crate) struct Orders {
 pub(crate) struct Ended;
 
 impl Orders {
+    /// A way, and its other end; `wake` is an eventfd that is written after each order and at the end.
+    pub(crate) fn new(wake: OwnedFd) -> (Self, Receiver<Order>) {
+        let (orders, received) = mpsc::sync_channel(ORDERS_MAX);
+        (Self { orders: Some(orders), wake }, received)
+    }
+
     pub(crate) fn order(&self, order: Order) -> Result<(), Ended> {
-        self.orders.send(order).map_err(|_| Ended)?;
+        self.orders.as_ref().ok_or(Ended)?.send(order).map_err(|_| Ended)?;
+        self.wake();
+        Ok(())
+    }
+
+    fn wake(&self) {
         // The counter is full only if the data path has much to wake up for.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        Ok(())
+    }
+}
+
+impl Drop for Orders {
+    fn drop(&mut self) {
+        self.orders = None;
+        self.wake();
     }
 }
 
@@ -93,23 +114,24 @@ pub(crate) enum ListenError {
     Listen { path: PathBuf, source: io::Error },
 }
 
-/// Listens on `path`, in the place of a process that is gone.
+/// Listens on `path`, in the place of a process that is gone. Whoever finds the socket may connect: it is made
+/// beside and renamed when it listens and has its mode. One process at a time.
 pub(crate) fn listen(path: &Path) -> Result<UnixListener, ListenError> {
-    let open = || match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
-                return Ok(None);
-            }
-            fs::remove_file(path)?;
-            UnixListener::bind(path).map(Some)
+    if UnixStream::connect(path).is_ok() {
+        return Err(ListenError::Taken(path.to_owned()));
+    }
+    let beside = path.with_extension(files::BESIDE);
+    let open = || {
+        match fs::remove_file(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
         }
-        result => result.map(Some),
+        let listener = UnixListener::bind(&beside)?;
+        fs::set_permissions(&beside, fs::Permissions::from_mode(DOOR_MODE))?;
+        fs::rename(&beside, path)?;
+        Ok(listener)
     };
-    let listener = open().map_err(|source| ListenError::Listen { path: path.to_owned(), source })?;
-    let listener = listener.ok_or_else(|| ListenError::Taken(path.to_owned()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(DOOR_MODE))
-        .map_err(|source| ListenError::Listen { path: path.to_owned(), source })?;
-    Ok(listener)
+    open().map_err(|source| ListenError::Listen { path: path.to_owned(), source })
 }
 
 impl From<Ended> for TalkError {
@@ -121,7 +143,17 @@ impl From<Ended> for TalkError {
 impl Doorman {
     /// Serves until the data path is gone.
     pub(crate) fn run(self) {
+        let mut review_due = false;
         loop {
+            if review_due {
+                match self.await_review() {
+                    Ok(still_due) => review_due = still_due,
+                    Err(Ended) => return,
+                }
+                if review_due && !self.is_called() {
+                    continue;
+                }
+            }
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -132,7 +164,7 @@ impl Doorman {
                 }
             };
             match self.talk(&stream) {
-                Ok(()) => {}
+                Ok(due) => review_due |= due,
                 Err(TalkError::Ending) => return,
                 Err(error) => {
                     let words = chain(&error);
@@ -144,24 +176,53 @@ impl Doorman {
         }
     }
 
-    fn talk(&self, stream: &UnixStream) -> Result<(), TalkError> {
+    /// Tries again to verify what is remembered under the newest keyset, and says whether that is still due.
+    fn await_review(&self) -> Result<bool, Ended> {
+        let mut office = self.office.lock().map_err(|_| Ended)?;
+        let reviewed = office.review_if_due(unix_now());
+        drop(office);
+        match reviewed {
+            Ok(removed) => {
+                self.remove(removed)?;
+                Ok(false)
+            }
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "what is remembered is not reviewed yet");
+                Ok(true)
+            }
+        }
+    }
+
+    /// Whether somebody connects before it is time to try a review again.
+    fn is_called(&self) -> bool {
+        let mut fds = [PollFd::new(&self.listener, PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&REVIEW_INTERVAL)).is_ok_and(|ready| ready > 0)
+    }
+
+    fn remove(&self, devices: Vec<DeviceId>) -> Result<(), Ended> {
+        for device in devices {
+            tracing::debug!(%device, "no longer borne out by the newest keyset");
+            self.plane.order(Order::Remove(device))?;
+        }
+        Ok(())
+    }
+
+    /// Takes one line; says whether a review is due after it.
+    fn talk(&self, stream: &UnixStream) -> Result<bool, TalkError> {
         let line = read_line(stream, Instant::now() + PATIENCE)?;
         let ToGateway::Admit(untrusted) = serde_json::from_slice(&line).map_err(TalkError::Parse)?;
         // Whoever panicked with it has left it half changed.
         let mut office = self.office.lock().map_err(|_| TalkError::Ending)?;
-        let Outcome { admission, removed } = office.admit(&untrusted, unix_now())?;
+        let Outcome { admission, removed, review_due } = office.admit(&untrusted, unix_now())?;
         drop(office);
-        for device in removed {
-            tracing::debug!(%device, "no longer borne out by the newest keyset");
-            self.plane.order(Order::Remove(device))?;
-        }
+        self.remove(removed)?;
         tracing::debug!(device = %admission.device, v4 = %admission.v4, v6 = %admission.v6, "checked");
         let (sender, receiver) = mpsc::sync_channel(1);
         self.plane.order(Order::Admit(Box::new(admission), sender))?;
         receiver.recv().map_err(|_| TalkError::Ending)?.map_err(TalkError::Peer)?;
         tracing::info!("admitted");
         answer(stream, &FromGateway::Admitted(true));
-        Ok(())
+        Ok(review_due)
     }
 }
 
@@ -179,6 +240,7 @@ fn read_line(mut stream: &UnixStream, until: Instant) -> Result<Vec<u8>, TalkErr
             Ok(0) => return Err(TalkError::Line),
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(TalkError::Line),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(TalkError::Read(error)),
         };
         let end = chunk[..len].iter().position(|byte| *byte == b'\n');
@@ -221,11 +283,17 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two tries where the kernel has nothing to give.
 const BREATH: Duration = Duration::from_millis(100);
 const CHUNK_LEN: usize = 16 * 1024;
+/// Between two tries to read what is remembered for a review.
+const REVIEW_INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Most orders of one thread that wait for the data path.
+const ORDERS_MAX: usize = 16;
 /// Control runs as another user of the socket's group.
 const DOOR_MODE: u32 = 0o660;
 
 #[cfg(test)]
 mod tests {
+    use rustix::event::EventfdFlags;
+
     use super::*;
 
     fn read_of(bytes: &[u8]) -> Result<Vec<u8>, TalkError> {
@@ -279,6 +347,27 @@ mod tests {
         let first = listen(&path).unwrap();
         assert!(matches!(listen(&path), Err(ListenError::Taken(_))));
         drop(first);
+        let _second = listen(&path).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, DOOR_MODE);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn socket_that_a_process_was_killed_over_does_not_hinder_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admission.sock");
+        drop(UnixListener::bind(path.with_extension(files::BESIDE)).unwrap());
         assert!(listen(&path).is_ok());
+    }
+
+    #[test]
+    fn end_of_a_thread_wakes_the_data_path_which_finds_its_way_closed() {
+        let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let (orders, received) = Orders::new(wake.try_clone().unwrap());
+        assert!(matches!(received.try_recv(), Err(mpsc::TryRecvError::Empty)));
+        drop(orders);
+        assert_eq!(rustix::io::read(&wake, &mut [0; 8]), Ok(8));
+        assert!(matches!(received.try_recv(), Err(mpsc::TryRecvError::Disconnected)));
     }
 }

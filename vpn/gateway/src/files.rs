@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
+
 /// Why a file could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FileError {
@@ -46,6 +48,19 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     write().map_err(|source| FileError::Write { path: path.to_owned(), source })
 }
 
+/// Has a file to itself until the descriptor is closed; `None` if another process has.
+pub(crate) fn lock(path: &Path) -> Result<Option<File>, FileError> {
+    let open = || {
+        let file = File::options().create(true).append(true).open(path)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    open().map_err(|source| FileError::Write { path: path.to_owned(), source })
+}
+
 fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(parent) => File::open(parent)?.sync_all(),
@@ -54,7 +69,7 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 }
 
 /// Of a file that is being written; nobody reads it.
-const BESIDE: &str = "new";
+pub(crate) const BESIDE: &str = "new";
 
 #[cfg(test)]
 mod tests {
@@ -68,6 +83,18 @@ mod tests {
         assert_eq!(read(&path, 10).unwrap(), [7; 10]);
         assert!(matches!(read(&path, 9), Err(FileError::TooLarge { limit: 9, .. })));
         assert!(read(&dir.path().join("none"), 9).unwrap_err().is_not_found());
+    }
+
+    #[test]
+    fn locked_file_is_locked_once_until_it_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let first = lock(&path).unwrap();
+        assert!(first.is_some());
+        assert!(lock(&path).unwrap().is_none());
+        drop(first);
+        assert!(lock(&path).unwrap().is_some());
+        assert!(lock(&dir.path().join("none/lock")).is_err());
     }
 
     #[test]

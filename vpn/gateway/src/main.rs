@@ -29,7 +29,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
@@ -94,6 +94,10 @@ enum RunError {
     Bind { address: SocketAddr, source: io::Error },
     #[error(transparent)]
     Listen(#[from] ListenError),
+    #[error("keep the state to itself")]
+    Lock(#[source] FileError),
+    #[error("another gateway runs with the state in {0}")]
+    Running(PathBuf),
     #[error("{step} the interface {tun} (this needs CAP_NET_ADMIN and /dev/net/tun)")]
     Tun { step: &'static str, tun: String, source: io::Error },
     #[error("{0}")]
@@ -115,6 +119,8 @@ impl RunError {
             | Self::Store(_)
             | Self::Bind { .. }
             | Self::Listen(_)
+            | Self::Lock(_)
+            | Self::Running(_)
             | Self::Tun { .. }
             | Self::Kernel(..) => HOST_LACKS,
             Self::Plane(_) | Self::Output(_) => BUG,
@@ -152,8 +158,11 @@ fn run(path: &Path) -> Result<(), RunError> {
     let public_key = *PublicKey::from(&private_key).as_bytes();
     let untrusted_first = files::read(&config.keyset, MAX_ENVELOPE).map_err(RunError::FirstKeyset)?;
     let own = Identity { gateway: config.own(), public_key, v4: config.v4, v6: config.v6 };
-    let (office, admissions) =
-        Office::open(own, &untrusted_first, &config.tenant, Store::open(&config.state)?, plane::unix_now())?;
+    let store = Store::open(&config.state)?;
+    // Until the end: what is done with the state and with the socket is done by one process at a time.
+    let lock = files::lock(&config.state.join(LOCK)).map_err(RunError::Lock)?;
+    let _lock = lock.ok_or_else(|| RunError::Running(config.state.clone()))?;
+    let (office, admissions) = Office::open(own, &untrusted_first, &config.tenant, store, plane::unix_now())?;
     let mut seed = [0; 32];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|errno| RunError::Kernel("read randomness", errno.into()))?;
@@ -173,22 +182,20 @@ fn run(path: &Path) -> Result<(), RunError> {
     let listener = admission::listen(&config.admission)?;
     drop_privileges().map_err(|source| RunError::Kernel("drop privileges", source))?;
 
-    let (orders, received) = mpsc::sync_channel(ORDERS_MAX);
     let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
         .map_err(|errno| RunError::Kernel("make an eventfd", errno.into()))?;
     let way = || match wake.try_clone() {
-        Ok(wake) => Ok(Orders { orders: orders.clone(), wake }),
+        Ok(wake) => Ok(Orders::new(wake)),
         Err(source) => Err(RunError::Kernel("copy an eventfd", source)),
     };
-    let (doormans, posts) = (way()?, way()?);
-    drop(orders);
+    let ((doormans, of_doorman), (posts, of_post)) = (way()?, way()?);
     let mut plane = Plane {
         tunnel,
         peers: Peers::default(),
         pools: config.pools(),
         sockets,
         tun,
-        orders: received,
+        orders: vec![of_doorman, of_post],
         wake,
         signals,
         counts: Counts::default(),
@@ -245,8 +252,8 @@ fn drop_privileges() -> io::Result<()> {
 
 /// boringtun calls a peer that is switched off an error.
 const LOG_DEFAULT: &str = "info,boringtun=off";
-/// Most orders that wait for the data path.
-const ORDERS_MAX: usize = 16;
+/// Locked as long as a gateway uses the state directory.
+const LOCK: &str = "lock";
 const BUG: u8 = 1;
 const USAGE: u8 = 2;
 const NOT_VERIFIED: u8 = 3;

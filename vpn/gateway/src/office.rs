@@ -30,6 +30,8 @@ pub(crate) struct Office {
     store: Store,
     devices: BTreeMap<DeviceId, Known>,
     lines: BTreeMap<Line, KnownLine>,
+    /// Whether what is remembered has not been verified under `keyset` yet.
+    review_due: bool,
 }
 
 /// What a gateway is called, and what it has.
@@ -75,6 +77,8 @@ pub(crate) struct Outcome {
     pub(crate) admission: Admission,
     /// Devices whose documents a newer keyset, which came with the lease, no longer bears out.
     pub(crate) removed: Vec<DeviceId>,
+    /// Whether what is remembered could not be read for that, so that [`Office::review_if_due`] has to do it.
+    pub(crate) review_due: bool,
 }
 
 /// What is remembered of a device.
@@ -174,7 +178,8 @@ impl Office {
             let Some(envelope) = store.keyset(version)? else { break };
             keyset = keyset.advance(&envelope).map_err(|source| OpenError::Keyset { version, source })?;
         }
-        let mut office = Self { own, keyset, store, devices: BTreeMap::new(), lines: BTreeMap::new() };
+        let mut office =
+            Self { own, keyset, store, devices: BTreeMap::new(), lines: BTreeMap::new(), review_due: false };
         for (line, stored) in office.store.lines()? {
             let newest = office.restore_line(&stored).inspect_err(|error| {
                 tracing::warn!(%error, "a stored bundle counts no longer");
@@ -216,15 +221,29 @@ impl Office {
         }
         let lease = KnownLease::new(&checked.lease, checked.lease_hash, v4, v6);
         let is_open = self.remember(&checked, untrusted, lease).map_err(AdmitError::Store)?;
-        let removed = if self.keyset.version() == checked.keyset.version() {
-            Vec::new()
-        } else {
+        if self.keyset.version() != checked.keyset.version() {
             self.keyset = checked.keyset.clone();
-            self.review(now).map_err(AdmitError::Store)?
-        };
+            self.review_due = true;
+        }
+        // The lease is good all the same, and the caller tries again.
+        let removed = self.review_if_due(now).unwrap_or_else(|error| {
+            tracing::warn!(%error, "what is remembered is not reviewed yet");
+            Vec::new()
+        });
         let table = Arc::new(Table::new(&checked.bundle.access));
         let admission = Admission { is_open, ..self.admission(&checked.lease, v4, v6, table) };
-        Ok(Outcome { admission, removed })
+        Ok(Outcome { admission, removed, review_due: self.review_due })
+    }
+
+    /// Verifies all that is remembered under the newest keyset, if that was not done yet, and gives the devices
+    /// that fail.
+    pub(crate) fn review_if_due(&mut self, now: u64) -> Result<Vec<DeviceId>, StoreError> {
+        if !self.review_due {
+            return Ok(Vec::new());
+        }
+        let removed = self.review(now)?;
+        self.review_due = false;
+        Ok(removed)
     }
 
     /// Answers the `Hello` of whoever has the inner address `from`, at `now` (Unix seconds). That a boot was
@@ -341,14 +360,16 @@ impl Office {
 
     /// Verifies all that is remembered under a newer keyset, and gives the devices that fail.
     fn review(&mut self, now: u64) -> Result<Vec<DeviceId>, StoreError> {
-        for (line, stored) in self.store.lines()? {
+        // All is read before anything changes.
+        let (lines, devices) = (self.store.lines()?, self.store.devices()?);
+        for (line, stored) in lines {
             let newest = self.restore_line(&stored).ok();
             if let Some(known) = self.lines.get_mut(&line) {
                 known.newest = newest;
             }
         }
         let mut removed = Vec::new();
-        for (device, stored) in self.store.devices()? {
+        for (device, stored) in devices {
             if self.restore_device(&stored).is_err()
                 && let Some(known) = self.devices.get_mut(&device)
                 && known.lease.take().is_some_and(|lease| now < lease.not_after)
@@ -648,6 +669,24 @@ mod tests {
         let (_, admissions) = world.open(NOW).unwrap();
         let devices: Vec<_> = admissions.iter().map(|admission| admission.device.as_str()).collect();
         assert_eq!(devices, ["desk"]);
+    }
+
+    #[test]
+    fn review_that_could_not_read_is_due_until_it_could() {
+        let mut world = World::new();
+        let mut office = world.office();
+        world.admit(&mut office, &boot("pc", 7), 1).unwrap();
+        world.tenant.replace_lease_key();
+        let obstacle = world.dir.path().join("lines/unknown line.json");
+        std::fs::write(&obstacle, "{}").unwrap();
+        let outcome = world.admit(&mut office, &boot("desk", 9), 1).unwrap();
+        assert!(outcome.review_due && outcome.removed.is_empty());
+        assert!(matches!(office.review_if_due(NOW), Err(StoreError::Name(_))));
+        std::fs::remove_file(obstacle).unwrap();
+        let removed = office.review_if_due(NOW).unwrap();
+        assert_eq!(removed.iter().map(DeviceId::as_str).collect::<Vec<_>>(), ["pc"]);
+        assert!(office.review_if_due(NOW).unwrap().is_empty());
+        assert!(!world.admit(&mut office, &boot("laptop", 8), 1).unwrap().review_due);
     }
 
     #[test]

@@ -40,8 +40,9 @@ pub(crate) struct Plane {
     pub(crate) pools: Pools,
     pub(crate) sockets: Sockets,
     pub(crate) tun: OwnedFd,
-    pub(crate) orders: Receiver<Order>,
-    /// An eventfd, written after each order.
+    /// Of each thread that may order.
+    pub(crate) orders: Vec<Receiver<Order>>,
+    /// An eventfd, written after each order, and when one of those threads has ended.
     pub(crate) wake: OwnedFd,
     /// Readable when this process shall end.
     pub(crate) signals: OwnedFd,
@@ -167,26 +168,35 @@ impl Plane {
     }
 
     fn obey(&mut self) -> io::Result<()> {
-        loop {
-            match self.orders.try_recv() {
-                Err(TryRecvError::Empty) => return Ok(()),
-                // A gateway that can admit nobody is better started again.
-                Err(TryRecvError::Disconnected) => {
-                    return Err(io::Error::other("admission's and post's threads are gone"));
+        for way in 0..self.orders.len() {
+            loop {
+                match self.orders[way].try_recv() {
+                    Err(TryRecvError::Empty) => break,
+                    // A gateway that can admit nobody is better started again.
+                    Err(TryRecvError::Disconnected) => {
+                        return Err(io::Error::other("the thread of admission or of the post is gone"));
+                    }
+                    Ok(order) => self.carry_out(order),
                 }
-                Ok(Order::Admit(admission, answer)) => {
-                    self.expire();
-                    let result = self.peers.admit(*admission, &mut self.tunnel, Instant::now(), unix_now());
-                    // Whoever asked may have stopped waiting; the peer is made all the same.
-                    let _ = answer.send(result);
-                }
-                Ok(Order::Remove(device)) => {
-                    self.peers.remove_device(&device, &mut self.tunnel);
-                }
-                Ok(Order::Open(device, boot_key, answer)) => {
-                    self.peers.open(&device, &boot_key);
-                    let _ = answer.send(());
-                }
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, order: Order) {
+        match order {
+            Order::Admit(admission, answer) => {
+                self.expire();
+                let result = self.peers.admit(*admission, &mut self.tunnel, Instant::now(), unix_now());
+                // Whoever asked may have stopped waiting; the peer is made all the same.
+                let _ = answer.send(result);
+            }
+            Order::Remove(device) => {
+                self.peers.remove_device(&device, &mut self.tunnel);
+            }
+            Order::Open(device, boot_key, answer) => {
+                self.peers.open(&device, &boot_key);
+                let _ = answer.send(());
             }
         }
     }

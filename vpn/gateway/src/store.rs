@@ -4,6 +4,7 @@
 //! keysets/00000002.json …    the keysets behind the first, as received
 //! lines/<line>.json          the highest revision of the line's bundle, and that bundle
 //! open/<device>.json         the last boot of the device that was answered at the post
+//! lock                       locked by the gateway that runs
 //! devices/<device>.json      the last lease of the device with all that it rests on, and what it must surpass
 //! ```
 //!

@@ -6,6 +6,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -15,9 +16,10 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Before libtest-mimic has threads.
     let missing = enter_namespace().err();
-    let tests: [(&str, fn()); 9] = [
+    let tests: [(&str, fn()); 10] = [
         ("interface_has_its_addresses", interface_has_its_addresses),
         ("kernel_answers_a_ping_written_to_the_interface", kernel_answers_a_ping),
+        ("kernel_answers_a_ping_to_ipv6_as_soon_as_it_is_up", kernel_answers_a_ping_to_ipv6),
         ("routes_lead_into_the_interface", routes_lead_into_the_interface),
         ("default_routes_lead_into_the_interface", default_routes_lead_into_the_interface),
         ("longer_packets_than_the_mtu_are_cut", longer_packets_than_the_mtu_are_cut),
@@ -118,6 +120,44 @@ fn kernel_answers_a_ping() {
     let pong = read(&tun, |packet| packet[0] == 0x45 && packet[9] == 1);
     assert_eq!((&pong[12..16], &pong[16..20]), (&[10, 1, 2, 7][..], &[10, 1, 2, 9][..]));
     assert_eq!(pong[20], 0, "an echo reply");
+}
+
+/// The kernel makes an address's local route in a worker that waits for the lock of all interfaces, so other
+/// threads hold that lock as much as they can.
+fn kernel_answers_a_ping_to_ipv6() {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for number in 0..3 {
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    drop(kontor_tun::create(&format!("busy6{number}")).unwrap());
+                }
+            });
+        }
+        let answered = (0..40_u8)
+            .map(|_| {
+                let tun = interface("ping6", 10);
+                kontor_tun::add_route("ping6", "fd01:a::/64".parse().unwrap()).unwrap();
+                rustix::io::write(&tun, &ping6()).unwrap();
+                let mut fds = [PollFd::new(&tun, PollFlags::IN)];
+                let timeout = Timespec { tv_sec: 1, tv_nsec: 0 };
+                rustix::event::poll(&mut fds, Some(&timeout)).unwrap() == 1
+            })
+            .collect::<Vec<_>>();
+        done.store(true, Ordering::Relaxed);
+        assert!(answered.iter().all(|answered| *answered), "{answered:?}");
+    });
+}
+
+/// An echo request from fd01:a::9 to fd01:a::7.
+fn ping6() -> Vec<u8> {
+    let addresses = [Ipv6Addr::new(0xfd01, 10, 0, 0, 0, 0, 0, 9), own_v6(10)].map(|address| address.octets());
+    let mut echo = [128, 0, 0, 0, 0, 1, 0, 2];
+    let pseudo = [addresses.as_flattened(), &[0, 8, 0, 58], &echo].concat();
+    let sum = checksum(&pseudo);
+    echo[2..4].copy_from_slice(&sum);
+    [&[0x60, 0, 0, 0, 0, 8, 58, 64], addresses.as_flattened(), &echo].concat()
 }
 
 fn routes_lead_into_the_interface() {

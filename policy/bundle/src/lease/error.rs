@@ -133,7 +133,7 @@ pub enum LeaseError {
         /// Unix seconds.
         known: u64,
     },
-    /// Gateway: the device record is older than one that was seen.
+    /// The device record is older than one that was seen.
     #[error("the device record has serial {record}, serial {known} is known")]
     OldSerial {
         /// What the record says.

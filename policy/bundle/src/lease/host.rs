@@ -1,17 +1,36 @@
 //! The host's side (`lease.md` 16).
 
 use super::{Checked, LeaseError, Parts, Untrusted, lease_answers_request};
-use kontor_trust::{RequestKind, TrustedKeyset, Verified};
+use kontor_trust::{Line, RequestKind, TrustedKeyset, Verified};
+use std::collections::BTreeMap;
+
+/// How far ahead of the host's clock the office's may be, in seconds, for its word to be held against a later
+/// one: see [`HostMemory::as_of`].
+pub const HOST_SKEW_S: u64 = 600;
 
 /// The highest that a host has seen for its device. All zero before the first lease.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HostMemory {
     /// Highest version of a keyset.
     pub keyset_version: u64,
-    /// Highest revision of a bundle of the device's line.
-    pub revision: u64,
+    /// Serial of the device's record.
+    pub serial: u64,
+    /// Highest revision of a bundle, for each line that the device was ever in.
+    pub revisions: BTreeMap<Line, u64>,
     /// When the last lease was issued, in Unix seconds.
     pub issued_at: u64,
+}
+
+impl HostMemory {
+    /// What of it counts at `now` (Unix seconds, the host's own clock). A lease that was issued more than
+    /// [`HOST_SKEW_S`] in the host's future is no measure for later ones: either clock is wrong, and whoever
+    /// has control's key may write any time into a lease. A lease answers a fresh nonce, so none that was seen before is
+    /// believed again.
+    #[must_use]
+    pub fn as_of(self, now: u64) -> Self {
+        let is_measure = self.issued_at <= now.saturating_add(HOST_SKEW_S);
+        Self { issued_at: if is_measure { self.issued_at } else { 0 }, ..self }
+    }
 }
 
 /// Checks a lease as the host that signed `request`. `floor` is the highest keyset that it has stored.
@@ -31,8 +50,11 @@ pub fn for_host(
     if lease.keyset_version < memory.keyset_version {
         return Err(LeaseError::OldKeyset { lease: lease.keyset_version, known: memory.keyset_version });
     }
-    if lease.revision < memory.revision {
-        return Err(LeaseError::OldRevision { lease: lease.revision, known: memory.revision });
+    if checked.device.serial < memory.serial {
+        return Err(LeaseError::OldSerial { record: checked.device.serial, known: memory.serial });
+    }
+    if let Some(known) = memory.revisions.get(&lease.line).copied().filter(|known| lease.revision < *known) {
+        return Err(LeaseError::OldRevision { lease: lease.revision, known });
     }
     if lease.issued_at < memory.issued_at {
         return Err(LeaseError::OldIssue { lease: lease.issued_at, known: memory.issued_at });

@@ -20,7 +20,7 @@ mod parts;
 pub use error::LeaseError;
 pub use gateway::{CLOCK_SKEW_S, GatewayMemory, OwnGateway, for_gateway};
 pub use guest::{MAX_WAIT_S, for_guest};
-pub use host::{HostMemory, for_host};
+pub use host::{HOST_SKEW_S, HostMemory, for_host};
 pub use parts::{Admit, Parts};
 
 use crate::{Bundle, MAX_LIFE_S};

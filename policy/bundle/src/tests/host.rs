@@ -1,12 +1,14 @@
 //! What only the host checks.
 
 use super::{NOW, Scene};
-use crate::lease::{HostMemory, LeaseError};
+use crate::lease::{HOST_SKEW_S, HostMemory, LeaseError};
 
 #[test]
 fn lease_at_the_edge_of_what_was_seen_is_believed() {
     let scene = Scene::new();
-    let memory = HostMemory { keyset_version: 1, revision: 7, issued_at: NOW };
+    let revisions = [(scene.lease.line.clone(), 7)].into();
+    let serial = scene.device.serial;
+    let memory = HostMemory { keyset_version: 1, serial, revisions, issued_at: NOW };
     assert!(scene.host_with(&scene.admit(), &memory).is_ok());
 }
 
@@ -21,9 +23,43 @@ fn lease_that_brings_back_an_old_keyset_is_refused() {
 #[test]
 fn lease_that_brings_back_an_older_revision_is_refused() {
     let scene = Scene::new();
-    let memory = HostMemory { revision: 8, ..HostMemory::default() };
+    let known = |line: &str| [(line.parse().unwrap(), 8)].into();
+    let memory = HostMemory { revisions: known(scene.lease.line.as_str()), ..HostMemory::default() };
     let error = scene.host_with(&scene.admit(), &memory).unwrap_err();
     assert!(matches!(error, LeaseError::OldRevision { lease: 7, known: 8 }), "{error:?}");
+    // Each line has numbers of its own.
+    let memory = HostMemory { revisions: known("another-line"), ..HostMemory::default() };
+    assert!(scene.host_with(&scene.admit(), &memory).is_ok());
+}
+
+#[test]
+fn lease_that_brings_back_an_older_device_record_is_refused() {
+    let scene = Scene::new();
+    let known = scene.device.serial + 1;
+    let memory = HostMemory { serial: known, ..HostMemory::default() };
+    let error = scene.host_with(&scene.admit(), &memory).unwrap_err();
+    assert!(matches!(error, LeaseError::OldSerial { known: found, .. } if found == known), "{error:?}");
+}
+
+#[test]
+fn time_of_the_last_lease_counts_unless_it_is_in_the_hosts_future() {
+    let scene = Scene::new();
+    let seen = |issued_at| HostMemory { issued_at, ..HostMemory::default() };
+    let believed = |issued_at, now| scene.host_with(&scene.admit(), &seen(issued_at).as_of(now)).is_ok();
+    // A clock that is right, one that is far ahead, and one at the edge.
+    for now in [NOW, NOW + 200_000_000, NOW + 1 - HOST_SKEW_S] {
+        assert!(!believed(NOW + 1, now), "{now}");
+        assert!(believed(NOW, now), "{now}");
+    }
+    // One that is far behind, and a control that wrote what it liked.
+    for (issued_at, now) in
+        [(NOW + 1, NOW - HOST_SKEW_S), (NOW + 1, 0), (NOW + 1_000_000_000, NOW), (u64::MAX, NOW)]
+    {
+        assert!(believed(issued_at, now), "{issued_at} at {now}");
+    }
+    // What is that little ahead ends by itself.
+    assert!(!believed(NOW + HOST_SKEW_S, NOW));
+    assert!(!believed(u64::MAX, u64::MAX));
 }
 
 #[test]

@@ -126,6 +126,22 @@ fn stop_powers_the_guest_off_then_quits_then_kills() {
 }
 
 #[test]
+fn what_the_newest_rules_forbid_is_powered_off_at_once_also_when_its_lease_runs() {
+    for mut session in [greeted(), running()] {
+        let seq = u64::from(session.state() == State::Running);
+        guest(&mut session, FromGuest::Challenge(challenge(seq)), second(100));
+        assert_eq!(actions(&mut session), [Action::Ask(challenge(seq))]);
+        session.handle(Input::Office(Answer::Forbidden("a test image".into())), second(101));
+        assert_eq!(actions(&mut session), [Action::Tell(FromHost::PowerOff)]);
+        assert_eq!(stopped(&session), (StopReason::Forbidden, Witness::Host));
+        assert_eq!(session.stop().unwrap().detail, "a test image");
+        guest(&mut session, FromGuest::Stop(StopReason::Requested), second(102));
+        session.handle(Input::Closed("exit 0".into()), second(103));
+        assert_eq!(stopped(&session), (StopReason::Forbidden, Witness::Host));
+    }
+}
+
+#[test]
 fn guest_that_powers_off_when_asked_is_requested_whatever_it_says() {
     let mut session = running();
     session.handle(Input::Stop, second(10));
@@ -154,7 +170,13 @@ fn guest_that_says_stop_and_does_not_is_made_to() {
 
 #[test]
 fn guest_may_not_claim_what_only_a_host_sees() {
-    for reason in [StopReason::KernelPanic, StopReason::Vanished, StopReason::Garbage, StopReason::Silent] {
+    for reason in [
+        StopReason::KernelPanic,
+        StopReason::Vanished,
+        StopReason::Garbage,
+        StopReason::Silent,
+        StopReason::Forbidden,
+    ] {
         let mut session = greeted();
         guest(&mut session, FromGuest::Stop(reason), second(2));
         assert_eq!(stopped(&session), (StopReason::Garbage, Witness::Host));

@@ -18,6 +18,9 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
+    /// Nothing was provisioned yet.
+    #[error("there is no device record and no bundle yet")]
+    NoDocuments,
     /// A file is longer than such a file can be.
     #[error("{path} is longer than {most} bytes")]
     TooLong {
@@ -103,6 +106,7 @@ impl StoreError {
     /// Whether something is simply not there yet.
     #[must_use]
     pub fn is_missing(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+        matches!(self, Self::NoDocuments)
+            || matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 }

@@ -279,7 +279,7 @@ fn hurried(scenario: &'static str, divisor: u32) -> Status {
     let office = HttpsOffice::new(config.office.clone(), store.clone());
     let running =
         kontor_daemon::lease::Running::of(&plan.ready.manifest, kontor_daemon::host::Accelerator::Tcg);
-    let asker = Asker { store, office, running };
+    let asker = Asker { store, office, running, clock: || tenant::NOW };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let status = watch::Sender::new(Status::off(true));

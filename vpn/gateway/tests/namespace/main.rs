@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Before libtest-mimic has threads.
     let missing = net::enter_namespace().err();
-    let tests: [(&str, fn()); 18] = [
+    let tests: [(&str, fn()); 19] = [
         ("pings_and_datagrams_pass_both_ways", pings_and_datagrams_pass_both_ways),
         ("what_the_bundle_does_not_list_is_dropped", what_the_bundle_does_not_list_is_dropped),
         ("peers_do_not_reach_each_other", peers_do_not_reach_each_other),
@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         ("hello_with_another_lease_is_refused", hello_with_another_lease_is_refused),
         ("answer_of_the_post_is_what_the_gateway_knows", answer_is_what_the_gateway_knows),
         ("key_is_made_once_and_printed", key_is_made_once_and_printed),
+        ("second_gateway_leaves_the_first_ones_door", second_gateway_leaves_the_first_ones_door),
         ("exit_codes_tell_what_is_wrong", exit_codes_tell_what_is_wrong),
     ];
     let trials = tests.into_iter().map(|(name, test)| {
@@ -383,4 +384,21 @@ fn exit_codes_tell_what_is_wrong() {
     assert_eq!(fails(&|settings| settings.replace("gateway.key", "no.key")), 4);
     assert_eq!(fails(&|settings| settings.replace("127.0.0.1:", "192.0.2.1:")), 4);
     assert_eq!(fails(&|settings| settings.replace("tun = \"", "tun = \"far-too-long-a-name")), 4);
+    let other = UdpSocket::bind(site.listen()).unwrap();
+    assert_eq!(fails(&|settings| settings), 4);
+    drop(other);
+}
+
+fn second_gateway_leaves_the_first_ones_door() {
+    let site = Site::new(19);
+    let gateway = site.start();
+    // All but the state and the door are its own.
+    let other = |settings: String| {
+        settings.replace(&site.listen().to_string(), "127.0.0.1:20119").replace("tunnel19", "tunnel119")
+    };
+    assert_eq!(site.exit_code_with(&other), 4);
+    assert_eq!(site.exit_code_with(&|settings| other(settings).replace("/state\"", "/state2\"")), 4);
+    let mut vm = site.admitted_vm(&gateway, &site.boot("pc", 7), &site.open_bundle());
+    assert!(vm.ping(site.server_v4()));
+    gateway.stop();
 }

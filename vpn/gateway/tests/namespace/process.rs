@@ -96,8 +96,9 @@ impl Site {
         )
     }
 
-    fn listen(&self) -> SocketAddr {
-        (Ipv4Addr::LOCALHOST, 51800 + u16::from(self.number)).into()
+    pub(crate) fn listen(&self) -> SocketAddr {
+        // Below the ports that the kernel gives to sockets which ask for none, such as the VMs'.
+        (Ipv4Addr::LOCALHOST, 20_000 + u16::from(self.number)).into()
     }
 
     pub(crate) fn server_v4(&self) -> IpAddr {
@@ -178,7 +179,8 @@ impl Site {
             listen: self.listen(),
             public_key: self.public_key,
         };
-        gateway.ready = gateway.wait_for("ready");
+        // Not "ready" alone: a port may be "already in use".
+        gateway.ready = gateway.wait_for("ready peers=");
         gateway
     }
 
