@@ -10,7 +10,7 @@ use crate::sys::set_udp_option;
 use crate::tunnel::uplink::Rest;
 use kontor_wire::uplink::{MAX_DATAGRAM, MAX_SEGMENTS};
 use rustix::io::Errno;
-use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,7 +21,8 @@ const INTERFACES: &str = "/sys/class/net";
 const PREFIX: u8 = 30;
 /// What Ethernet carries.
 const MTU: u16 = 1500;
-/// Bytes that the socket may hold: what a program that cares asks for.
+/// Bytes that may wait to be received: what a program that cares asks for. For sending the kernel's own limit
+/// stays: what is beyond the device's queue would be dropped without a word.
 const BUFFER: usize = 4 << 20;
 /// Datagrams, or trains, taken in one batch.
 const BATCH: usize = 64;
@@ -47,7 +48,6 @@ pub(super) fn open(uevents: &Uevents) -> Result<Socket, BenchError> {
         socket.connect(SocketAddr::from((HOST, UDP_PORT)))?;
         socket.set_nonblocking(true)?;
         set_socket_recv_buffer_size_force(&socket, BUFFER)?;
-        set_socket_send_buffer_size_force(&socket, BUFFER)?;
         Ok(socket)
     };
     let socket = make().map_err(system("open the socket"))?;
