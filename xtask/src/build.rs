@@ -90,14 +90,23 @@ pub(crate) fn programs() -> Result<PathBuf> {
 /// Builds the image of [`PROFILE`] with the lock in the tree, or a fresh one where the archive has
 /// moved on; returns its directory.
 pub(crate) fn image(bin: &Path) -> Result<PathBuf> {
+    make(bin, "build", "image")
+}
+
+/// Makes what benchmarks boot, from the same lock; returns its directory.
+pub(crate) fn bench(bin: &Path) -> Result<PathBuf> {
+    make(bin, "bench", "bench")
+}
+
+fn make(bin: &Path, verb: &str, name: &str) -> Result<PathBuf> {
     const UNREACHABLE: i32 = 5;
     let tool = bin.join("kontor-image");
-    let out = root().join("target/kontor/image");
+    let out = root().join("target/kontor").join(name);
     fs::create_dir_all(root().join("target/kontor")).map_err(at("create", &out))?;
     let committed = root().join(format!("image-build/image/{PROFILE}.lock.toml"));
     let build = |lock: &Path| {
         let mut command = Command::new(&tool);
-        command.current_dir(root()).args(["build", "--profile", PROFILE, "--lock"]).arg(lock);
+        command.current_dir(root()).args([verb, "--profile", PROFILE, "--lock"]).arg(lock);
         command.arg("--out").arg(&out);
         openly(&mut command)
     };

@@ -71,11 +71,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         made.push(attempt.make(&probe, number)?);
     }
     let canary = leaks::CANARY.make(&probe, leaks::ATTEMPTS.len())?;
-    let memory = Memory {
-        guest_mib: MEMORY_MIB,
-        kontord_kib: scene.home.kontord_pid().and_then(resident_kib).unwrap_or_default(),
-        relay_kib: running("kontor-relay").first().copied().and_then(resident_kib).unwrap_or_default(),
-    };
+    let memory = memory(&scene);
     step("closing");
     drop(probe);
     scene.home.kontor(&["stop"])?;
@@ -117,7 +113,16 @@ fn steps(status: &Value) -> Vec<Step> {
         .collect()
 }
 
-fn image_size(image: &Path) -> Result<ImageSize> {
+/// What a running work VM takes of the host's memory.
+pub(crate) fn memory(scene: &Scene) -> Memory {
+    Memory {
+        guest_mib: MEMORY_MIB,
+        kontord_kib: scene.home.kontord_pid().and_then(resident_kib).unwrap_or_default(),
+        relay_kib: running("kontor-relay").first().copied().and_then(resident_kib).unwrap_or_default(),
+    }
+}
+
+pub(crate) fn image_size(image: &Path) -> Result<ImageSize> {
     let file = image.join("image.json");
     let bytes = fs::read(&file).map_err(at("read", &file))?;
     let image: Value =

@@ -1,10 +1,11 @@
-//! The repository's own tasks: `cargo xtask test`, `cargo xtask demo`.
+//! The repository's own tasks: `cargo xtask test`, `cargo xtask demo`, `cargo xtask bench`.
 //!
 //! Everything that needs the network or a package happens outside, as the caller; everything that
 //! runs Kontor happens inside one outer user namespace ([`world`]) that takes processes, mounts and
 //! interfaces with it when it ends.
 #![deny(unsafe_code)]
 
+mod bench;
 mod build;
 mod capture;
 mod demo;
@@ -54,10 +55,13 @@ enum Task {
         #[arg(long, value_enum, default_value = "port")]
         uplink: build::Backend,
     },
+    /// Measure something, in turn with what it is compared with.
+    #[command(subcommand)]
+    Bench(Bench),
     /// What runs inside the outer namespaces.
     #[command(hide = true)]
     Inside {
-        /// `demo` or `suite`.
+        /// What for.
         role: world::Role,
         /// Where the outside put what it built.
         plan: PathBuf,
@@ -67,10 +71,38 @@ enum Task {
     },
 }
 
+#[derive(Subcommand)]
+enum Bench {
+    /// The uplinks, and the kernel's own network driver with a UDP socket: rates and what they cost.
+    Uplink {
+        #[command(flatten)]
+        choice: bench::Choice,
+        /// Write the report as JSON to this file (`-`: standard output).
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// From QEMU's start to the tunnel, and to an init that does nothing.
+    Boot {
+        #[command(flatten)]
+        choice: bench::Choice,
+        /// Which device the work VM's uplink is.
+        #[arg(long, value_enum, default_value = "port")]
+        uplink: build::Backend,
+        /// Write the report as JSON to this file (`-`: standard output).
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+}
+
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().task {
         Task::Test { all, only, uplink } => test::run(all, only.as_deref(), uplink),
         Task::Demo { json, uplink } => demo::run(json.as_deref(), uplink),
+        Task::Bench(Bench::Uplink { choice, json }) => bench::uplink::run(choice, json.as_deref()),
+        Task::Bench(Bench::Boot { choice, uplink, json }) => {
+            bench::boot::run(choice, uplink, json.as_deref())
+        }
+        Task::Inside { role: world::Role::BenchBoot, plan, .. } => bench::boot::inside(&plan),
         Task::Inside { role: world::Role::Demo, plan, .. } => demo::inside(&plan),
         Task::Inside { role: world::Role::Suite, plan, rest } => suite::inside(&plan, rest),
     };

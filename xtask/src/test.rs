@@ -42,6 +42,7 @@ const STAGES: &[Stage] = &[
     ("image", image),
     ("vm", vm),
     ("demo", demo),
+    ("bench", bench),
     ("deny", deny),
 ];
 
@@ -187,6 +188,11 @@ fn demo(context: &mut Context) -> Result<Counts> {
     let own = context.bin()?.join("xtask");
     context.image()?;
     run::openly(Command::new(own).arg("demo")).map(|()| Counts::one())
+}
+
+/// That the uplinks can be measured; the figures of so short a run mean nothing.
+fn bench(context: &mut Context) -> Result<Counts> {
+    crate::bench::uplink::measure(&context.bin()?, crate::bench::Choice::smoke(), None).map(|_| Counts::one())
 }
 
 /// Licences, sources and bans of every dependency. The tool is built once into the cache.

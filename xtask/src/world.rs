@@ -21,6 +21,7 @@ use std::{env, path::Path, process::Command};
 pub(crate) enum Role {
     Demo,
     Suite,
+    BenchBoot,
 }
 
 /// One of the three hosts.
@@ -81,6 +82,7 @@ pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Comman
     let role = match role {
         Role::Demo => "demo",
         Role::Suite => "suite",
+        Role::BenchBoot => "bench-boot",
     };
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--net", "--mount", "--ipc", "--uts", "--pid"]);

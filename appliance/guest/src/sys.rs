@@ -162,6 +162,19 @@ pub(crate) fn install_filter(program: &[libc::sock_filter]) -> io::Result<()> {
     check(unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) })
 }
 
+/// Sets an option of a UDP socket whose value is a number (udp(7)).
+pub(crate) fn set_udp_option(
+    socket: BorrowedFd<'_>,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the kernel reads `length` bytes, which is the size of `value`, and writes none.
+    check(unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, name, (&raw const value).cast(), length)
+    })
+}
+
 fn limit(value: u64) -> Rlimit {
     Rlimit { current: Some(value), maximum: Some(value) }
 }

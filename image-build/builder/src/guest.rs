@@ -41,7 +41,7 @@ impl GuestError {
 }
 
 impl Guest {
-    /// Builds the programs, which consist of `crates`. Cargo decides what is still good from the last time.
+    /// Builds the programs of an image, which consist of `crates`.
     pub(crate) fn build(
         source: &Source,
         crates: &Crates,
@@ -49,6 +49,30 @@ impl Guest {
         progress: &Progress,
     ) -> Result<Self, GuestError> {
         let _step = progress.step("compile the guest's programs");
+        let programs = ["kontor-init", "kontor-tunnel", "kontor-probe"];
+        let [init, tunnel, probe] = Self::compile(programs, source, crates, cache)?;
+        Ok(Self { init, tunnel, probe })
+    }
+
+    /// Builds the program of measurements, which no image holds.
+    pub(crate) fn bench(
+        source: &Source,
+        crates: &Crates,
+        cache: &Cache,
+        progress: &Progress,
+    ) -> Result<Vec<u8>, GuestError> {
+        let _step = progress.step("compile the program of measurements");
+        let [bench] = Self::compile(["kontor-bench"], source, crates, cache)?;
+        Ok(bench)
+    }
+
+    /// Builds programs. Cargo decides what is still good from the last time.
+    fn compile<const N: usize>(
+        programs: [&'static str; N],
+        source: &Source,
+        crates: &Crates,
+        cache: &Cache,
+    ) -> Result<[Vec<u8>; N], GuestError> {
         let compiler = Run::new(RUSTC).directory(source.root()).arg("-vV").text()?;
         let sysroot = Run::new(RUSTC).directory(source.root()).args(["--print", "sysroot"]).first_line()?;
         let here = source.root().display().to_string();
@@ -68,6 +92,7 @@ impl Guest {
             moves.iter().map(|(from, to)| format!("-ffile-prefix-map={from}={to}")).collect();
         cargo(source)
             .args(["build", "--quiet", "--locked", "--package", PACKAGE])
+            .args(programs.iter().flat_map(|name| ["--bin", name]))
             .args(["--profile", PROFILE, "--target", TARGET])
             .env("CARGO_TARGET_DIR", target.path())
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
@@ -79,7 +104,11 @@ impl Guest {
             let bytes = files::read(&PathBuf::from(&built).join(name), MAX_PROGRAM)?;
             if is_static(&bytes) { Ok(bytes) } else { Err(GuestError::NotStatic(name)) }
         };
-        Ok(Self { init: read("kontor-init")?, tunnel: read("kontor-tunnel")?, probe: read("kontor-probe")? })
+        let mut all = [const { Vec::new() }; N];
+        for (name, program) in programs.into_iter().zip(&mut all) {
+            *program = read(name)?;
+        }
+        Ok(all)
     }
 }
 

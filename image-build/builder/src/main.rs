@@ -3,6 +3,7 @@
 
 mod apt;
 mod assemble;
+mod bench;
 mod build;
 mod cache;
 mod command;
@@ -83,6 +84,18 @@ enum Verb {
         /// Print the image's description as JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Write what benchmarks boot: the kernel, and initrds that measure; no image
+    #[command(hide = true)]
+    Bench {
+        #[command(flatten)]
+        recipe: Recipe,
+        /// The lock to take the kernel from [default: the one in the source tree]
+        #[arg(long, value_name = "FILE")]
+        lock: Option<PathBuf>,
+        /// Where to put them; older ones there are overwritten
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
     },
     /// Make an image a tenant's release: adds the tenant's keysets and the manifest
     Sign {
@@ -297,6 +310,12 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
                 image.verity.root_hash
             );
             answer(json.then_some(&image), &text)?;
+        }
+        Verb::Bench { recipe, lock, out } => {
+            let (source, profile) = recipe.find()?;
+            let lock = lock.unwrap_or_else(|| source.lock_of(&profile));
+            let mirrors = apt::Mirrors::named(&recipe.mirror)?;
+            bench::make(&source, &profile, &lock, &mirrors, &out, &progress)?;
         }
         Verb::Sign { image, tenant_dir, version, out, json } => {
             let manifest = sign::sign(&image, &tenant_dir, version.get(), &out)?;

@@ -34,6 +34,8 @@ pub enum State {
 pub struct Status {
     /// Now.
     pub state: State,
+    /// When QEMU was started, in milliseconds since the start.
+    pub qemu_at_ms: Option<u64>,
     /// Boot states that were reached, in order.
     pub states: Vec<Reached>,
     /// When the session ran, in milliseconds since the start.
@@ -108,6 +110,7 @@ impl Status {
     pub fn off(user_mode: bool) -> Self {
         Self {
             state: State::Off,
+            qemu_at_ms: None,
             states: Vec::new(),
             ready_at_ms: None,
             accel: None,
@@ -157,6 +160,6 @@ impl From<&Stop> for StopNote {
     }
 }
 
-fn milliseconds(duration: Duration) -> u64 {
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -22,7 +22,7 @@ use crate::{
     relay::{Order, RelayStartError},
     session::{Action, Input, Session, Times},
     slots::Ready,
-    status::{Release, Status},
+    status::{Release, Status, milliseconds},
 };
 use kontor_relay::message::Counters;
 use kontor_wire::control::FromGuest;
@@ -153,6 +153,8 @@ pub async fn run<O: LeaseSource>(
     let (inputs_tx, mut inputs) = mpsc::channel(INPUTS_MAX);
     let times = plan.times;
     let mut vm = Vm::start(plan, inputs_tx.clone()).await?;
+    let qemu_at = vm.qemu_begun().saturating_duration_since(started);
+    status.send_modify(|status| status.qemu_at_ms = Some(milliseconds(qemu_at)));
     let mut session = Session::new(times, verity_root, started.elapsed());
     let (mut refreshing, mut refreshed) = (Vec::new(), false);
     loop {

@@ -15,7 +15,7 @@
 
 mod confine;
 mod engine;
-mod uplink;
+pub(crate) mod uplink;
 
 use crate::link::{FromTunnel, Link, TunnelFault};
 use crate::{sys, vfio};

@@ -38,7 +38,7 @@ use tokio::{
     process::Child,
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 /// Frames that may wait for a guest that does not read.
@@ -60,6 +60,7 @@ pub(super) struct Vm {
     /// What was begun for the machine and ends with it.
     tasks: JoinSet<()>,
     probe_socket: Option<PathBuf>,
+    qemu_begun: Instant,
 }
 
 impl Vm {
@@ -95,6 +96,7 @@ impl Vm {
             uplink: uplink_theirs,
             probe: probe_theirs,
         };
+        let qemu_begun = Instant::now();
         let mut child = match qemu::start(&program, &machine, inherited) {
             Ok(child) => child,
             Err(source) => {
@@ -128,7 +130,7 @@ impl Vm {
         });
         let (kill, kill_rx) = mpsc::channel(1);
         tokio::spawn(watch_qemu(child, kill_rx, streams, words, inputs));
-        Ok(Self { frames, qmp, kill, orders, relay, counters, tasks, probe_socket })
+        Ok(Self { frames, qmp, kill, orders, relay, counters, tasks, probe_socket, qemu_begun })
     }
 
     /// Runs `task` until it or the machine ends.
@@ -136,6 +138,11 @@ impl Vm {
         // The ones that ended are taken note of, so that their number stays small.
         while self.tasks.try_join_next().is_some() {}
         self.tasks.spawn(task);
+    }
+
+    /// When QEMU was started.
+    pub(super) fn qemu_begun(&self) -> Instant {
+        self.qemu_begun
     }
 
     pub(super) fn has_relay(&self) -> bool {
