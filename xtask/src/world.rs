@@ -14,7 +14,7 @@ use crate::{
     build::Plan,
     run::{Result, at, quietly},
 };
-use std::{env, path::Path, process::Command};
+use std::{fs, path::Path, process::Command};
 
 /// What the inside is there for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -72,26 +72,43 @@ impl Host {
     }
 }
 
-/// The command that runs this program again as `role` inside the outer namespaces.
+/// Where a run keeps its files: memory of the outer mount namespace, gone with it.
+pub(crate) const SCRATCH: &str = "/run/kontor";
+
+/// The command that runs this program again as `role` inside the outer namespaces. They end with this process,
+/// however it ends.
 pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Command> {
-    let file = plan.scratch.join("plan.json");
-    plan.write(&file)?;
     // Not this process's own file: building the workspace may have replaced it.
     let own = plan.bin.join("xtask");
     let role = match role {
         Role::Demo => "demo",
         Role::Suite => "suite",
     };
-    let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--net", "--mount", "--ipc", "--uts", "--pid"]);
+    // The first process of a process-id namespace hears no SIGINT, and `unshare` waits for it.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig=KILL", "--", "unshare"]).args(USERS);
+    if has_range() {
+        command.arg(RANGE);
+    }
+    command.args(["--net", "--mount", "--ipc", "--uts", "--pid"]);
     command.args(["--mount-proc", "--fork", "--kill-child=SIGKILL", "--"]);
-    command.arg(own).args(["inside", role]).arg(file).arg("--").args(rest);
+    command.arg(own).args(["inside", role, Plan::STDIN, "--"]).args(rest).stdin(plan.as_stdin()?);
     Ok(command)
+}
+
+const USERS: [&str; 2] = ["--user", "--map-root-user"];
+/// Maps the caller's subordinate ids too (subuid(5)), by the programs of the package `uidmap`.
+const RANGE: &str = "--map-auto";
+
+/// Whether the caller has subordinate ids. Without, all in the outer namespace runs under one uid.
+fn has_range() -> bool {
+    quietly(Command::new("unshare").args(USERS).arg(RANGE).arg("true")).is_ok()
 }
 
 /// Makes the three hosts and their links. Call it once, inside.
 pub(crate) fn make() -> Result<()> {
     quietly(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"]))?;
+    fs::create_dir(SCRATCH).map_err(at("create", Path::new(SCRATCH)))?;
     for host in Host::ALL {
         quietly(Command::new("ip").args(["netns", "add", host.name()]))?;
         host.ip("link set lo up")?;
@@ -115,10 +132,4 @@ pub(crate) fn make() -> Result<()> {
     office.ip("route add default via 203.0.113.1")?;
     office.ip("address add 10.88.0.10/32 dev lo")?;
     office.ip("address add fd88::10/128 dev lo")
-}
-
-/// A directory for this run alone, readable by nobody else.
-pub(crate) fn scratch() -> Result<tempfile::TempDir> {
-    let base = env::temp_dir();
-    tempfile::Builder::new().prefix("kontor-run-").tempdir_in(&base).map_err(at("make a directory in", &base))
 }
