@@ -1,11 +1,13 @@
 //! What is built before anything runs: the host's and the office's programs, the image, a tenant.
 
-use crate::run::{Error, Result, at, openly, quietly};
+use crate::run::{Error, Result, at, openly, os, quietly};
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use std::{
     env, fs,
+    io::{Read, Seek, Write},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 /// Where everything lies that the inside needs; handed over as a file.
@@ -17,9 +19,9 @@ pub(crate) struct Plan {
     pub(crate) image: PathBuf,
     /// Which device the work VM's uplink is.
     pub(crate) uplink: Backend,
-    /// Scratch for this run alone; removed at its end.
+    /// Scratch for this run alone.
     pub(crate) scratch: PathBuf,
-    /// The demo's JSON report goes here.
+    /// The demo's JSON report goes to this file (`-`: standard output).
     pub(crate) json: Option<PathBuf>,
 }
 
@@ -42,15 +44,29 @@ impl Backend {
 }
 
 impl Plan {
+    /// Says that the plan comes by standard input.
+    pub(crate) const STDIN: &str = "-";
+
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let bytes = fs::read(path).map_err(at("read the plan", path))?;
+        let mut bytes = Vec::new();
+        let read = if path == Path::new(Self::STDIN) {
+            std::io::stdin().lock().read_to_end(&mut bytes)
+        } else {
+            fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes))
+        };
+        read.map_err(at("read the plan", path))?;
         serde_json::from_slice(&bytes).map_err(|source| Error::Json { what: "the plan".into(), source })
     }
 
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+    /// Standard input for a program that reads the plan from there.
+    pub(crate) fn as_stdin(&self) -> Result<Stdio> {
         let bytes =
             serde_json::to_vec(self).map_err(|source| Error::Json { what: "the plan".into(), source })?;
-        fs::write(path, bytes).map_err(at("write the plan", path))
+        let memory = memfd_create("plan", MemfdFlags::CLOEXEC).map_err(os("memory for the plan"))?;
+        let mut file = fs::File::from(memory);
+        let written = file.write_all(&bytes).and_then(|()| file.rewind());
+        written.map_err(at("write the plan", Path::new("memory")))?;
+        Ok(file.into())
     }
 }
 
@@ -69,10 +85,13 @@ pub(crate) fn cargo() -> Command {
     cargo
 }
 
-/// Where the caches lie; all of them optional.
+/// Where the caches lie, as `kontor-image` finds them too; all of them optional.
 pub(crate) fn cache() -> Result<PathBuf> {
     if let Some(path) = env::var_os("KONTOR_CACHE") {
         return Ok(path.into());
+    }
+    if let Some(path) = env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()) {
+        return Ok(Path::new(&path).join("kontor"));
     }
     let home = env::var_os("HOME").ok_or_else(|| Error::Unexpected("HOME is not set".into()))?;
     Ok(Path::new(&home).join(".cache/kontor"))

@@ -23,25 +23,36 @@ pub(crate) fn run(json: Option<&Path>, uplink: Backend) -> Result<ExitCode> {
     packages::ensure()?;
     let bin = build::programs()?;
     let image = build::image(&bin)?;
-    let scratch = world::scratch()?;
-    let file = scratch.path().join("report.json");
-    let plan = Plan { bin, image, uplink, scratch: scratch.path().to_owned(), json: Some(file.clone()) };
+    let plan = Plan {
+        bin,
+        image,
+        uplink,
+        scratch: world::SCRATCH.into(),
+        json: json.is_some().then(|| STDOUT.into()),
+    };
     let mut command = world::command(Role::Demo, &plan, &[])?;
-    let status = command
-        .stdin(Stdio::null())
-        .status()
+    // The errors and the report for people go where ours go.
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
         .map_err(|source| Error::Start("the outer namespaces".into(), source))?;
-    if let Some(target) = json.filter(|_| file.exists()) {
-        let bytes = fs::read(&file).map_err(at("read the report", &file))?;
-        if target == Path::new("-") {
-            let mut out = std::io::stdout().lock();
-            out.write_all(&bytes).map_err(at("write the report", target))?;
-        } else {
-            fs::write(target, bytes).map_err(at("write the report", target))?;
-        }
+    if let Some(target) = json.filter(|_| !output.stdout.is_empty()) {
+        write(target, &output.stdout)?;
     }
-    scratch.close().map_err(at("remove the run's directory", Path::new("/tmp")))?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if output.status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Names standard output in the place of a file.
+pub(crate) const STDOUT: &str = "-";
+
+/// Writes a report that the inside printed.
+pub(crate) fn write(target: &Path, bytes: &[u8]) -> Result<()> {
+    let written = if target == Path::new(STDOUT) {
+        std::io::stdout().lock().write_all(bytes)
+    } else {
+        fs::write(target, bytes)
+    };
+    written.map_err(at("write the report", target))
 }
 
 /// Inside the outer namespaces.
@@ -96,7 +107,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         let mut bytes = serde_json::to_vec_pretty(&report)
             .map_err(|source| Error::Json { what: "the report".into(), source })?;
         bytes.push(b'\n');
-        fs::write(file, bytes).map_err(at("write the report", file))?;
+        write(file, &bytes)?;
     }
     eprintln!("{}", report.text());
     Ok(if report.good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

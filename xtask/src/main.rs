@@ -10,6 +10,7 @@ mod build;
 mod capture;
 mod demo;
 mod leaks;
+mod numeric;
 mod office;
 mod packages;
 mod probe;
@@ -23,7 +24,12 @@ mod workvm;
 mod world;
 
 use clap::{Parser, Subcommand};
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    ffi::OsString,
+    fs::File,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "The repository's own tasks", disable_help_subcommand = true)]
@@ -95,17 +101,8 @@ enum Bench {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().task {
-        Task::Test { all, only, uplink } => test::run(all, only.as_deref(), uplink),
-        Task::Demo { json, uplink } => demo::run(json.as_deref(), uplink),
-        Task::Bench(Bench::Uplink { choice, json }) => bench::uplink::run(choice, json.as_deref()),
-        Task::Bench(Bench::Boot { choice, uplink, json }) => {
-            bench::boot::run(choice, uplink, json.as_deref())
-        }
-        Task::Inside { role: world::Role::BenchBoot, plan, .. } => bench::boot::inside(&plan),
-        Task::Inside { role: world::Role::Demo, plan, .. } => demo::inside(&plan),
-        Task::Inside { role: world::Role::Suite, plan, rest } => suite::inside(&plan, rest),
-    };
+    let task = Arguments::parse().task;
+    let outcome = become_nobody(&task).and_then(|()| run(task));
     match outcome {
         Ok(code) => code,
         Err(error) => {
@@ -113,4 +110,45 @@ fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn run(task: Task) -> run::Result<ExitCode> {
+    match task {
+        Task::Test { all, only, uplink } => test::run(all, only.as_deref(), uplink),
+        Task::Demo { json, uplink } => demo::run(json.as_deref(), uplink),
+        Task::Bench(Bench::Uplink { choice, json }) => bench::uplink::run(choice, json.as_deref()),
+        Task::Bench(Bench::Boot { choice, uplink, json }) => {
+            bench::boot::run(choice, uplink, json.as_deref())
+        }
+        Task::Inside { role: world::Role::BenchBoot, plan, rest } => bench::boot::inside(&plan, &rest),
+        Task::Inside { role: world::Role::Demo, plan, .. } => demo::inside(&plan),
+        Task::Inside { role: world::Role::Suite, plan, rest } => suite::inside(&plan, rest),
+    }
+}
+
+/// Root installs what is missing and goes on as nobody in particular; see [`numeric`].
+fn become_nobody(task: &Task) -> run::Result<()> {
+    let json = match task {
+        Task::Inside { .. } => return Ok(()),
+        Task::Demo { json, .. } | Task::Bench(Bench::Uplink { json, .. } | Bench::Boot { json, .. }) => {
+            json.as_deref().filter(|file| *file != Path::new("-"))
+        }
+        Task::Test { .. } => None,
+    };
+    if !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    packages::ensure()?;
+    let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut output = None;
+    if let Some(file) = json {
+        // Root may write where the numeric uid may not.
+        output = Some(File::create(file).map_err(run::at("write", file))?);
+        // Of two the last would count, but clap takes only one.
+        arguments.retain(|argument| !argument.to_string_lossy().starts_with("--json") && argument != file);
+        arguments.extend(["--json".into(), "-".into()]);
+    }
+    let reason = numeric::replace(arguments, output)?;
+    eprintln!("everything runs as root, for want of a numeric uid: {}", run::chain(&reason));
+    Ok(())
 }

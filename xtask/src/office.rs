@@ -3,11 +3,12 @@
 use crate::{
     build::Plan,
     run::{Error, Result, at, quietly},
-    world::{Host, INTRANET_ADDRESS, OFFICE_ADDRESS},
+    world::{Host, INTRANET_ADDRESS, OFFICE_ADDRESS, Power, User},
 };
 use std::{
-    fs,
+    fs::{self, Permissions},
     io::{BufRead, BufReader},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -52,6 +53,8 @@ impl Office {
     pub(crate) fn found(plan: &Plan) -> Result<Self> {
         let directory = plan.scratch.join("office");
         fs::create_dir(&directory).map_err(at("create", &directory))?;
+        // Each service makes its own files here, and touches nobody else's.
+        fs::set_permissions(&directory, Permissions::from_mode(0o1777)).map_err(at("open", &directory))?;
         let mut office = Self {
             directory,
             bin: plan.bin.clone(),
@@ -63,6 +66,11 @@ impl Office {
         };
         let keys = office.path("keys");
         quietly(office.tool("kontorctl").args(["keyset", "init", "--out"]).arg(&keys))?;
+        // The keysets are for everybody; each key is its owner's alone.
+        for (part, mode) in [("", 0o711), ("keysets", 0o755)] {
+            let part = keys.join(part);
+            fs::set_permissions(&part, Permissions::from_mode(mode)).map_err(at("open", &part))?;
+        }
         office.tenant = read_text(&keys.join("id"))?;
         let mut init = office.tool("kontor-image");
         init.args(["tuf-init", "--keys"]).arg(office.path("release-keys"));
@@ -131,7 +139,8 @@ impl Office {
             "listen = [\"{OFFICE_ADDRESS}:{CONTROL_PORT}\"]\nlease_s = {lease_s}\n\n[[gateway]]\nid = {GATEWAY_ID}\nadmission = {admission:?}\n\
              pool_v4 = \"10.77.0.0/16\"\npool_v6 = \"fd77::/64\"\n"
         );
-        write(&control.join("control.toml"), config.as_bytes())
+        write(&control.join("control.toml"), config.as_bytes())?;
+        User::Control.owns(&control)
     }
 
     /// The signed device record.
@@ -220,13 +229,13 @@ ports = [53, 53]
 
     /// Starts the intranet's web server and resolver, and waits until the first answers.
     pub(crate) fn open(&mut self) -> Result<()> {
-        let mut web = Host::Office.command("busybox");
+        let mut web = Host::Office.command_of(User::Web, Power::LowPorts, "busybox");
         web.args(["httpd", "-f", "-p"])
             .arg(format!("{INTRANET_ADDRESS}:80"))
             .arg("-h")
             .arg(self.path("site"));
         self.servers.push(spawn(&mut web)?);
-        let mut dns = Host::Office.command("dnsmasq");
+        let mut dns = Host::Office.command_of(User::Resolver, Power::LowPorts, "dnsmasq");
         dns.args([
             "--keep-in-foreground",
             "--conf-file=/dev/null",
@@ -266,7 +275,9 @@ keyset = {keyset:?}
             keyset = self.path("keys/keysets/00000001.json"),
         );
         write(&config, text.as_bytes())?;
-        let mut command = Host::Office.command(self.bin.join("kontor-gateway"));
+        User::Gateway.owns(&self.path("gateway.key"))?;
+        let program = self.bin.join("kontor-gateway");
+        let mut command = Host::Office.command_of(User::Gateway, Power::NetAdmin, program);
         command.args(["run", "--config"]).arg(&config);
         let (child, _) = await_line(&mut command, &self.path("gateway.log"), "ready")?;
         self.gateway = Some(child);
@@ -287,7 +298,8 @@ keyset = {keyset:?}
 
     /// Starts control and waits until it says that it is ready.
     pub(crate) fn start_control(&mut self) -> Result<()> {
-        let mut command = Host::Office.command(self.bin.join("kontor-control"));
+        let program = self.bin.join("kontor-control");
+        let mut command = Host::Office.command_of(User::Control, Power::LowPorts, program);
         command.args(["serve", "--dir"]).arg(self.control_directory());
         let (child, _) = await_line(&mut command, &self.path("control.log"), "ready")?;
         self.control = Some(child);

@@ -59,6 +59,11 @@ pub(crate) fn at<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Erro
     move |source| Error::File { what, path: path.to_owned(), source }
 }
 
+/// For `map_err` on what rustix asks the kernel for.
+pub(crate) fn os(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> Error {
+    move |errno| Error::Start(what.to_owned(), errno.into())
+}
+
 /// The command as a person would type it.
 pub(crate) fn text(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());

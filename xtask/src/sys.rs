@@ -1,6 +1,7 @@
-//! The one thing here that no safe interface offers: a packet socket bound to one interface.
+//! What no safe interface offers: a packet socket bound to one interface, a mount namespace for this process,
+//! and a mount whose files have another owner.
 
-#![expect(unsafe_code, reason = "packet(7) sockets have addresses that no safe wrapper builds")]
+#![expect(unsafe_code, reason = "packet(7) sockets and mount_setattr(2) have no safe wrapper")]
 #![expect(clippy::cast_possible_truncation, reason = "constants and sizes of C structures")]
 
 use std::{
@@ -132,6 +133,35 @@ impl Drop for PacketRing {
         // SAFETY: the mapping was made by `open` with this length, and nothing borrows from it.
         let _ = unsafe { libc::munmap(self.ring.as_ptr().cast(), BLOCK * BLOCKS) };
     }
+}
+
+/// Gives this process, which must have one thread, mounts of its own.
+pub(crate) fn leave_mount_namespace() -> io::Result<()> {
+    // SAFETY: no file descriptor table is left, only mounts.
+    Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?)
+}
+
+/// Shows the files of a mount that is at no place yet under the owners that the maps of the user namespace
+/// `map` say: what they map from on disk, what they map to in the mount (mount_setattr(2)).
+pub(crate) fn map_mount(mount: &OwnedFd, map: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP | if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 },
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: map.as_raw_fd().unsigned_abs().into(),
+    };
+    // SAFETY: the pointers describe an empty path, and `attributes` and its length.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            mem::size_of_val(&attributes),
+        )
+    };
+    check(result as libc::c_int).map(drop)
 }
 
 fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {

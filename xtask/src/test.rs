@@ -115,7 +115,7 @@ impl Counts {
 fn counted(command: &mut Command) -> Result<Counts> {
     let words = run::text(command);
     let start = |source| Error::Start(words.clone(), source);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(start)?;
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(start)?;
     let stdout = child.stdout.take().ok_or_else(|| Error::Unexpected("no standard output".into()))?;
     let mut counts = Counts::default();
     // A test that cannot run on this machine prints `skipped: REASON`; its harness counts it as passed.
@@ -142,12 +142,18 @@ fn clippy(_: &mut Context) -> Result<Counts> {
 
 fn units(context: &mut Context) -> Result<Counts> {
     let mut command = build::cargo();
-    let mut counts =
-        counted(command.args(["test", "--workspace", "--locked", "--no-fail-fast", "--", "--show-output"]))?;
+    let mut counts = counted(
+        command
+            .args(["test", "--workspace", "--locked", "--no-fail-fast", "--", "--show-output"])
+            .stdin(Stdio::null()),
+    )?;
     if context.all {
         // The tunnel against boringtun's own clock: minutes of waiting.
         let mut slow = build::cargo();
-        let slow = counted(slow.args(["test", "--package", "kontor-vpn", "--locked", "--", "--ignored"]))?;
+        let slow = counted(
+            slow.args(["test", "--package", "kontor-vpn", "--locked", "--", "--ignored"])
+                .stdin(Stdio::null()),
+        )?;
         counts.add(slow);
         counts.skipped = counts.skipped.saturating_sub(slow.passed + slow.failed);
     }
@@ -171,12 +177,11 @@ fn vm(context: &mut Context) -> Result<Counts> {
     let only = context.uplink;
     for uplink in Backend::ALL.into_iter().filter(|each| only.is_none_or(|only| only == *each)) {
         eprintln!("   uplink {}", uplink.name());
-        let scratch = world::scratch()?;
         let plan = Plan {
             bin: context.bin()?,
             image: context.image()?,
             uplink,
-            scratch: scratch.path().to_owned(),
+            scratch: world::SCRATCH.into(),
             json: None,
         };
         counts.add(counted(&mut world::command(world::Role::Suite, &plan, &[])?)?);

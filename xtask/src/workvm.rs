@@ -5,7 +5,7 @@ use crate::{
     office::{CONTROL_PORT, DEVICE, Office, await_line, write},
     probe::Probe,
     run::{Error, Result, at, quietly, text},
-    world::{Host, OFFICE_ADDRESS},
+    world::{Host, OFFICE_ADDRESS, Power, User},
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -47,6 +47,7 @@ uplink = "{uplink}"
             uplink = plan.uplink.name(),
         );
         write(&home.path("kontord.toml"), config.as_bytes())?;
+        User::Employee.owns(&home.directory)?;
         let key = quietly(&mut home.kontord("host-key"))?;
         Ok((home, String::from_utf8_lossy(&key).trim().to_owned()))
     }
@@ -58,7 +59,7 @@ uplink = "{uplink}"
 
     /// A verb of `kontord` that is not the service.
     fn kontord(&self, verb: &str) -> Command {
-        let mut command = Command::new(self.bin.join("kontord"));
+        let mut command = User::Employee.command(Power::None, self.bin.join("kontord"));
         command.arg(verb).arg("--config").arg(self.path("kontord.toml"));
         command
     }
@@ -80,7 +81,8 @@ uplink = "{uplink}"
 
     /// Starts `kontord` and waits until it serves its socket.
     pub(crate) fn start_kontord(&mut self) -> Result<()> {
-        let mut command = Host::Home.command(self.bin.join("kontord"));
+        let program = self.bin.join("kontord");
+        let mut command = Host::Home.command_of(User::Employee, Power::None, program);
         command.args(["run", "--user", "--config"]).arg(self.path("kontord.toml"));
         let (child, _) = await_line(&mut command, &self.path("kontord.log"), "ready")?;
         self.kontord = Some(child);
@@ -89,7 +91,7 @@ uplink = "{uplink}"
 
     /// Runs a verb of `kontor` to its end.
     pub(crate) fn kontor(&self, arguments: &[&str]) -> Result<Output> {
-        let mut command = Command::new(self.bin.join("kontor"));
+        let mut command = User::Employee.command(Power::None, self.bin.join("kontor"));
         command.arg("--socket").arg(self.path("kontord.sock")).args(arguments).stdin(Stdio::null());
         command.output().map_err(|source| Error::Start(text(&command), source))
     }

@@ -14,7 +14,14 @@ use crate::{
     build::Plan,
     run::{Result, at, quietly},
 };
-use std::{env, path::Path, process::Command};
+use rustix::fs::Mode;
+use std::{
+    env, fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::LazyLock,
+};
 
 /// What the inside is there for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -61,10 +68,18 @@ impl Host {
         format!("/run/netns/{}", self.name())
     }
 
-    /// A command that will run on this host.
+    /// A command that will run on this host, as root of the outer namespace.
     pub(crate) fn command(self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.namespace())).arg("--").arg(program.as_ref());
+        command
+    }
+
+    /// A command that will run on this host as `user` with no more than `power`.
+    pub(crate) fn command_of(self, user: User, power: Power, program: impl AsRef<Path>) -> Command {
+        let inner = user.command(power, program);
+        let mut command = self.command(inner.get_program());
+        command.args(inner.get_args());
         command
     }
 
@@ -73,10 +88,112 @@ impl Host {
     }
 }
 
-/// The command that runs this program again as `role` inside the outer namespaces.
+/// Where a run keeps its files: memory of the outer mount namespace, gone with it.
+pub(crate) const SCRATCH: &str = "/run/kontor";
+
+/// Who a service runs as. Where the outer namespace has one uid only, all are its root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum User {
+    Gateway,
+    Control,
+    Web,
+    Resolver,
+    /// Of the home PC: `kontord` and `kontor`.
+    Employee,
+}
+
+/// What little of root's power a service needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Power {
+    None,
+    /// Interfaces and routes.
+    NetAdmin,
+    /// Ports below 1024.
+    LowPorts,
+}
+
+impl User {
+    /// The uid, which is the gid too, in the outer namespace.
+    fn id(self) -> u32 {
+        match self {
+            Self::Gateway => 201,
+            Self::Control => 202,
+            Self::Web => 203,
+            Self::Resolver => 204,
+            Self::Employee => 1001,
+        }
+    }
+
+    /// A command of this user's with no more than `power`.
+    pub(crate) fn command(self, power: Power, program: impl AsRef<Path>) -> Command {
+        let program = program.as_ref();
+        if !separate() {
+            return Command::new(program);
+        }
+        let id = self.id().to_string();
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &id, "--regid", &id]);
+        // The gateway's socket is open to its group.
+        match self {
+            Self::Control => command.arg(format!("--groups={}", Self::Gateway.id())),
+            Self::Gateway | Self::Web | Self::Resolver | Self::Employee => command.arg("--clear-groups"),
+        };
+        let powers = match power {
+            Power::None => "-all",
+            Power::NetAdmin => "-all,+net_admin",
+            Power::LowPorts => "-all,+net_bind_service",
+        };
+        // A person may start programs that make them more; a service may not.
+        let sets = ["--inh-caps", "--ambient-caps", "--bounding-set"];
+        for set in &sets[..if self == Self::Employee { 2 } else { 3 }] {
+            command.arg(format!("{set}={powers}"));
+        }
+        command.arg("--");
+        let beside = program.canonicalize().ok().filter(|path| path.parent() == Some(own_directory()));
+        match beside.as_deref().and_then(Path::file_name) {
+            Some(name) => command.arg(Path::new(PROGRAMS).join(name)),
+            None => command.arg(program),
+        };
+        command
+    }
+
+    /// Makes a file, or a directory and all in it, this user's.
+    pub(crate) fn owns(self, path: &Path) -> Result<()> {
+        if !separate() {
+            return Ok(());
+        }
+        let id = self.id();
+        quietly(Command::new("chown").arg("-R").arg(format!("{id}:{id}")).arg(path)).map(drop)
+    }
+}
+
+/// Where the users of the outer namespace find the programs: the directory itself may lie in somebody's home.
+const PROGRAMS: &str = "/run/kontor-programs";
+
+/// Where this program lies, and those of the project beside it.
+fn own_directory() -> &'static Path {
+    static DIRECTORY: LazyLock<PathBuf> = LazyLock::new(|| {
+        let own = env::current_exe().unwrap_or_default();
+        own.parent().map(Path::to_owned).unwrap_or_default()
+    });
+    &DIRECTORY
+}
+
+/// Whether the outer namespace, in which this process is, has uids enough, and the programs are open to all.
+fn separate() -> bool {
+    static SEPARATE: LazyLock<bool> = LazyLock::new(|| {
+        let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+        let count = |line: &str| line.split_ascii_whitespace().nth(2)?.parse::<u64>().ok();
+        let mapped: u64 = map.lines().filter_map(count).sum();
+        let open = own_directory().metadata().is_ok_and(|m| m.permissions().mode() & 0o005 == 0o005);
+        mapped > u64::from(User::Employee.id()) && open
+    });
+    *SEPARATE
+}
+
+/// The command that runs this program again as `role` inside the outer namespaces. They end with this process,
+/// however it ends.
 pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Command> {
-    let file = plan.scratch.join("plan.json");
-    plan.write(&file)?;
     // Not this process's own file: building the workspace may have replaced it.
     let own = plan.bin.join("xtask");
     let role = match role {
@@ -84,16 +201,36 @@ pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Comman
         Role::Suite => "suite",
         Role::BenchBoot => "bench-boot",
     };
-    let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--net", "--mount", "--ipc", "--uts", "--pid"]);
+    // The first process of a process-id namespace hears no SIGINT, and `unshare` waits for it.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig=KILL", "--", "unshare"]).args(USERS);
+    if has_range() {
+        command.arg(RANGE);
+    }
+    command.args(["--net", "--mount", "--ipc", "--uts", "--pid"]);
     command.args(["--mount-proc", "--fork", "--kill-child=SIGKILL", "--"]);
-    command.arg(own).args(["inside", role]).arg(file).arg("--").args(rest);
+    command.arg(own).args(["inside", role, Plan::STDIN, "--"]).args(rest).stdin(plan.as_stdin()?);
     Ok(command)
+}
+
+const USERS: [&str; 2] = ["--user", "--map-root-user"];
+/// Maps the caller's subordinate ids too (subuid(5)), by the programs of the package `uidmap`.
+const RANGE: &str = "--map-auto";
+
+/// Whether the caller has subordinate ids. Without, all in the outer namespace runs under one uid.
+fn has_range() -> bool {
+    quietly(Command::new("unshare").args(USERS).arg(RANGE).arg("true")).is_ok()
 }
 
 /// Makes the three hosts and their links. Call it once, inside.
 pub(crate) fn make() -> Result<()> {
     quietly(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"]))?;
+    // What is made here is for all its users, whatever the caller's habits.
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
+    for directory in [SCRATCH, PROGRAMS].map(Path::new) {
+        fs::create_dir(directory).map_err(at("create", directory))?;
+    }
+    quietly(Command::new("mount").arg("--bind").arg(own_directory()).arg(PROGRAMS))?;
     for host in Host::ALL {
         quietly(Command::new("ip").args(["netns", "add", host.name()]))?;
         host.ip("link set lo up")?;
@@ -117,10 +254,4 @@ pub(crate) fn make() -> Result<()> {
     office.ip("route add default via 203.0.113.1")?;
     office.ip("address add 10.88.0.10/32 dev lo")?;
     office.ip("address add fd88::10/128 dev lo")
-}
-
-/// A directory for this run alone, readable by nobody else.
-pub(crate) fn scratch() -> Result<tempfile::TempDir> {
-    let base = env::temp_dir();
-    tempfile::Builder::new().prefix("kontor-run-").tempdir_in(&base).map_err(at("make a directory in", &base))
 }

@@ -88,37 +88,29 @@ pub(crate) fn run(choice: Choice, uplink: Backend, json: Option<&Path>) -> Resul
     let bin = build::programs()?;
     let image = build::image(&bin)?;
     let pieces = Pieces::make(&bin)?;
-    let scratch = world::scratch()?;
-    let json = json.map(|target| match target {
-        stdout if stdout == Path::new("-") => Ok(stdout.to_owned()),
-        file => std::path::absolute(file).map_err(at("find", file)),
-    });
-    let plan = Plan { bin, image, uplink, scratch: scratch.path().to_owned(), json: json.transpose()? };
+    let scratch = world::SCRATCH.into();
+    let plan = Plan { bin, image, uplink, scratch, json: json.is_some().then(|| demo::STDOUT.into()) };
     let orders = Orders { pieces, rounds: choice.rounds(), quick: choice.quick };
-    let file = orders_file(&plan);
-    let bytes =
-        serde_json::to_vec(&orders).map_err(|source| Error::Json { what: "the orders".into(), source })?;
-    fs::write(&file, bytes).map_err(at("write", &file))?;
-    let mut command = world::command(Role::BenchBoot, &plan, &[])?;
-    let status = command
-        .stdin(Stdio::null())
-        .status()
+    let orders = serde_json::to_string(&orders).map_err(of_orders)?;
+    let output = world::command(Role::BenchBoot, &plan, &[orders])?
+        .stderr(Stdio::inherit())
+        .output()
         .map_err(|source| Error::Start("the outer namespaces".into(), source))?;
-    scratch.close().map_err(at("remove the run's directory", Path::new("/tmp")))?;
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if let Some(target) = json.filter(|_| !output.stdout.is_empty()) {
+        demo::write(target, &output.stdout)?;
+    }
+    Ok(if output.status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn orders_file(plan: &Plan) -> PathBuf {
-    plan.scratch.join("bench.json")
+fn of_orders(source: serde_json::Error) -> Error {
+    Error::Json { what: "the orders".into(), source }
 }
 
 /// Inside the outer namespaces.
-pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
+pub(crate) fn inside(plan: &Path, rest: &[String]) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
-    let file = orders_file(&plan);
-    let bytes = fs::read(&file).map_err(at("read", &file))?;
-    let Orders { pieces, rounds, quick } =
-        serde_json::from_slice(&bytes).map_err(|source| Error::Json { what: "the orders".into(), source })?;
+    let orders = rest.iter().find(|word| *word != "--").map_or("", String::as_str);
+    let Orders { pieces, rounds, quick } = serde_json::from_str(orders).map_err(of_orders)?;
     world::make()?;
     let scene = Scene::open(&plan, LEASE_S)?;
     let (mut starts, mut empties, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
