@@ -18,6 +18,7 @@ use kontor_wire::{
     control::{FromGuest, FromHost, MAX_FROM_GUEST, MAX_FROM_HOST},
     encode, probe,
     uplink::{HEADER_LEN, MAX_SEGMENTS, PORT_PREFIX_LEN, PortDecoder, encode_port},
+    wireguard::{COOKIE_REPLY_LEN, INITIATION_LEN, KEEPALIVE_LEN, LONGEST, RESPONSE_LEN, Shape},
 };
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -30,8 +31,13 @@ const TENANT: &str = include_str!("../fixtures/tenant");
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: &[Target] =
-    &[("control", control), ("port", port), ("probe", probe), ("documents", documents)];
+pub const TARGETS: &[Target] = &[
+    ("control", control),
+    ("port", port),
+    ("wireguard", wireguard),
+    ("probe", probe),
+    ("documents", documents),
+];
 
 /// A control channel's stream, in both directions.
 pub fn control(bytes: &[u8]) {
@@ -97,6 +103,19 @@ pub fn port(bytes: &[u8]) {
             at += PORT_PREFIX_LEN + announced;
         }
     }
+}
+
+/// A datagram at the relay: what passes says nothing but its type in front, and has a length of that type.
+pub fn wireguard(bytes: &[u8]) {
+    let Some(shape) = Shape::of(bytes) else { return };
+    let (kind, fitting) = match shape {
+        Shape::Initiation => (1, bytes.len() == INITIATION_LEN),
+        Shape::Response => (2, bytes.len() == RESPONSE_LEN),
+        Shape::CookieReply => (3, bytes.len() == COOKIE_REPLY_LEN),
+        Shape::Transport => (4, (KEEPALIVE_LEN..=LONGEST).contains(&bytes.len())),
+    };
+    assert_eq!(bytes[..4], [kind, 0, 0, 0]);
+    assert!(fitting, "{shape:?} of {} bytes", bytes.len());
 }
 
 /// Signed documents and release descriptions: nothing that nobody of the tenant signed is believed.

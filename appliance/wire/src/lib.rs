@@ -4,6 +4,7 @@
 //! * [`uplink`]: the frames between `kontor-tunnel` and `kontor-relay`.
 //! * [`post`]: what `kontor-init` and the gateway say to each other inside the tunnel.
 //! * [`probe`]: the test channel; only test images carry its other end.
+//! * [`wireguard`]: what a datagram in such a frame looks like.
 //! * [`reason`]: why a work VM stopped, as a closed list.
 //!
 //! Neither side trusts a byte of the other: every length has a named limit, every parser returns an
@@ -17,5 +18,6 @@ pub mod post;
 pub mod probe;
 pub mod reason;
 pub mod uplink;
+pub mod wireguard;
 
 pub use frame::{Decoder, FrameError, encode};

@@ -39,7 +39,7 @@ pub const PORT_PREFIX_LEN: usize = 2;
 /// Largest datagram in bytes: UDP's limit over IPv4 (RFC 768, RFC 791), which fits one frame.
 pub const MAX_DATAGRAM: usize = 65_507;
 /// Smallest datagram in bytes: WireGuard's keepalive, a transport message without content.
-pub const MIN_DATAGRAM: usize = 32;
+pub const MIN_DATAGRAM: usize = crate::wireguard::KEEPALIVE_LEN;
 
 /// Which of the bundle's gateways a frame is for, or comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -6,7 +6,10 @@ use crate::{
     message::Down,
     socket::{Datagrams, Sockets},
 };
-use kontor_wire::uplink::{HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, RELAY_TO_GUEST, encode_port};
+use kontor_wire::{
+    uplink::{HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, RELAY_TO_GUEST, encode_port},
+    wireguard::Shape,
+};
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use std::{
     io::{self, IoSlice},
@@ -68,6 +71,10 @@ impl DownPath {
     }
 
     fn push(&mut self, gateway: kontor_wire::uplink::GatewayId, length: usize) {
+        if Shape::of(&self.datagram[..length]).is_none() {
+            self.counters.not_wireguard += 1;
+            return;
+        }
         let need = PORT_PREFIX_LEN + HEADER_LEN + length;
         if self.frames.len() + need > BUFFER_MAX {
             self.frames.drain(..self.taken);
@@ -82,7 +89,8 @@ impl DownPath {
                 self.counters.datagrams += 1;
                 self.counters.bytes += length as u64;
             }
-            Err(_) => self.counters.malformed += 1,
+            // What has the shape fits a frame.
+            Err(_) => self.counters.not_wireguard += 1,
         }
     }
 

@@ -21,5 +21,5 @@ mod up;
 
 pub use bucket::Rate;
 pub use gateways::TableError;
-pub use relay::{End, Limits, Relay, RelayError, Wires};
+pub use relay::{End, Limits, REFUSED_INITIATION, Relay, RelayError, Wires};
 pub use socket::{Datagrams, Uplink};

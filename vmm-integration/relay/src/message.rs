@@ -30,7 +30,7 @@ pub enum FromRelay {
     Ready,
     /// What has passed so far; also the last message before an end that is no error.
     Counters(Counters),
-    /// The guest broke the rules of the uplink too often; the relay ends.
+    /// The guest broke the rules of the uplink too often, last like this; the relay ends.
     Garbage(String),
 }
 
@@ -56,8 +56,12 @@ pub struct Up {
     pub malformed: u64,
     /// Frames dropped: they name a gateway that is not in the table.
     pub unknown_gateway: u64,
-    /// Frames dropped: more than the rate limit.
+    /// Frames dropped: a datagram in them has not WireGuard's shape.
+    pub not_wireguard: u64,
+    /// Frames dropped: more datagrams than the rate limit.
     pub above_rate: u64,
+    /// Frames dropped: more handshake initiations than their own limit.
+    pub initiations_above_rate: u64,
     /// Datagrams dropped: the host's network refused them.
     pub send_failed: u64,
 }
@@ -71,8 +75,8 @@ pub struct Down {
     pub bytes: u64,
     /// Datagrams dropped: not from a gateway's endpoint.
     pub wrong_source: u64,
-    /// Datagrams dropped: too short or too long for a frame.
-    pub malformed: u64,
+    /// Datagrams dropped: they have not WireGuard's shape.
+    pub not_wireguard: u64,
     /// Datagrams dropped: the guest does not read.
     pub guest_full: u64,
 }

@@ -32,15 +32,33 @@ const DATAGRAMS_PER_TURN: usize = 64;
 pub struct Limits {
     /// Datagrams. A frame above the limit is dropped.
     pub datagrams: Rate,
-    /// Malformed frames. One above the limit ends the relay.
+    /// Handshake initiations. A frame above the limit is dropped.
+    pub initiations: Rate,
+    /// Frames that are malformed, or hold what is not WireGuard's. One above the limit ends the relay.
     pub malformed: Rate,
+    /// What was dropped above the first two limits or for an unknown gateway, in datagrams; an initiation
+    /// counts as [`REFUSED_INITIATION`]. One above the limit ends the relay.
+    pub refused: Rate,
 }
 
+/// How many datagrams an initiation above its limit counts for.
+pub const REFUSED_INITIATION: u32 = 1_000;
+
 impl Default for Limits {
-    /// More than twice a full gigabit of ordinary packets, which is 90 000 datagrams a second; no guest
-    /// that works sends a malformed frame at all.
+    /// * Datagrams: more than twice a full gigabit of ordinary packets, which is 90 000 a second.
+    /// * Initiations: the tunnel sends one each 250 ms to each of two gateways before its first session, and
+    ///   far fewer later. Each costs a gateway public-key work of some 0.1 ms until it asks for cookies: a
+    ///   guest that floods takes a thousandth of a core.
+    /// * Malformed: no guest that works sends such a frame at all.
+    /// * Refused: as much again as may pass, for ten seconds; or two thousand initiations. That is no load, it
+    ///   is a flood.
     fn default() -> Self {
-        Self { datagrams: Rate { per_s: 200_000, burst: 50_000 }, malformed: Rate { per_s: 1, burst: 16 } }
+        Self {
+            datagrams: Rate { per_s: 200_000, burst: 50_000 },
+            initiations: Rate { per_s: 10, burst: 20 },
+            malformed: Rate { per_s: 1, burst: 16 },
+            refused: Rate { per_s: 200_000, burst: 2_000_000 },
+        }
     }
 }
 
@@ -118,7 +136,7 @@ impl<S: Datagrams> Relay<S> {
             control,
             sockets: Sockets { v4: udp4, v6: udp6 },
             table: Table::default(),
-            up: UpPath::new(limits.datagrams, limits.malformed),
+            up: UpPath::new(&limits),
             down: DownPath::new(),
             blocked: None,
             started: Instant::now(),

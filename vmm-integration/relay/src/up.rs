@@ -4,13 +4,15 @@
 //! waits in [`Pending`]; until that is gone nothing more is read, so that the guest feels it.
 
 use crate::{
-    bucket::{Bucket, Rate},
+    bucket::Bucket,
     gateways::{Family, Table},
     message::{MAX_WORDS, Up},
+    relay::{Limits, REFUSED_INITIATION},
     socket::{Datagrams, Sockets},
 };
-use kontor_wire::uplink::{
-    ETHERNET_LEN, Frame, FrameError, GUEST_TO_RELAY, GatewayId, MAX_FRAME, PortDecoder,
+use kontor_wire::{
+    uplink::{ETHERNET_LEN, Frame, FrameError, GUEST_TO_RELAY, GatewayId, MAX_FRAME, PortDecoder},
+    wireguard::Shape,
 };
 use std::{io, os::unix::net::UnixDatagram, time::Duration};
 
@@ -20,7 +22,53 @@ pub(crate) struct UpPath {
     /// One Ethernet frame, where the guest sends such.
     datagram: Box<[u8]>,
     sender: Sender,
+    breaches: Breaches,
+}
+
+/// How the guest broke the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+enum Breach {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("a datagram of {0} bytes that has not WireGuard's shape")]
+    NotWireGuard(usize),
+    #[error("a flood: {0} datagrams for a gateway that is not known")]
+    Gateway(u32),
+    #[error("a flood: {0} datagrams above the limit")]
+    Datagrams(u32),
+    #[error("a flood: {0} handshake initiations above the limit")]
+    Initiations(u32),
+}
+
+/// How often it may.
+#[derive(Debug)]
+struct Breaches {
     malformed: Bucket,
+    refused: Bucket,
+}
+
+impl Breaches {
+    /// Whether this one is one too many.
+    fn is_too_much(&mut self, breach: Breach, now: Duration) -> bool {
+        let passes = match breach {
+            Breach::Frame(_) | Breach::NotWireGuard(_) => self.malformed.take(1, now),
+            Breach::Gateway(count) | Breach::Datagrams(count) => self.refused.take(count, now),
+            Breach::Initiations(count) => self.refused.take(count.saturating_mul(REFUSED_INITIATION), now),
+        };
+        !passes
+    }
+
+    /// How the turn ends, if it does with this.
+    fn turn(&mut self, fate: Fate, now: Duration) -> Option<Turn> {
+        match fate {
+            Fate::Done => None,
+            Fate::Blocked(family) => Some(Turn::Blocked(family)),
+            Fate::Refused(breach) => {
+                let words = || breach.to_string().chars().take(MAX_WORDS).collect();
+                self.is_too_much(breach, now).then(|| Turn::Garbage(words()))
+            }
+        }
+    }
 }
 
 /// How a turn ended.
@@ -32,16 +80,30 @@ pub(crate) enum Turn {
     Blocked(Family),
     /// The guest closed the uplink.
     Closed,
-    /// Too many malformed frames; the last one was wrong like this.
+    /// The rules were broken too often; the last time like this.
     Garbage(String),
 }
 
+/// What became of a frame.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    /// Every datagram is dealt with.
+    Done,
+    /// The socket of this family has no room for the rest.
+    Blocked(Family),
+    /// It is dropped.
+    Refused(Breach),
+}
+
 impl UpPath {
-    pub(crate) fn new(datagrams: Rate, malformed: Rate) -> Self {
+    pub(crate) fn new(limits: &Limits) -> Self {
         let pending = Pending { payload: Vec::with_capacity(MAX_FRAME), segment: 0, gateway: GatewayId(0) };
-        let sender = Sender { pending, datagrams: Bucket::new(datagrams), counters: Up::default() };
+        let (datagrams, initiations) = (Bucket::new(limits.datagrams), Bucket::new(limits.initiations));
+        let sender = Sender { pending, datagrams, initiations, counters: Up::default() };
         let datagram = vec![0; ETHERNET_LEN + MAX_FRAME + 1].into_boxed_slice();
-        Self { decoder: PortDecoder::new(), datagram, sender, malformed: Bucket::new(malformed) }
+        let breaches =
+            Breaches { malformed: Bucket::new(limits.malformed), refused: Bucket::new(limits.refused) };
+        Self { decoder: PortDecoder::new(), datagram, sender, breaches }
     }
 
     pub(crate) fn counters(&self) -> Up {
@@ -98,46 +160,27 @@ impl UpPath {
                 Err(error) => return Err(error),
             };
             // One byte more than the longest has room, so that what was cut shows as too long.
-            match Frame::parse_ethernet(&self.datagram[..length], &GUEST_TO_RELAY) {
-                Ok(frame) => {
-                    if let Some(family) = self.sender.frame(&frame, table, sockets, now) {
-                        return Ok(Turn::Blocked(family));
-                    }
-                }
-                Err(error) => {
-                    if let Some(turn) = self.malformed(&error, now) {
-                        return Ok(turn);
-                    }
-                }
+            let fate = match Frame::parse_ethernet(&self.datagram[..length], &GUEST_TO_RELAY) {
+                Ok(frame) => self.sender.frame(&frame, table, sockets, now),
+                Err(error) => self.sender.malformed(error),
+            };
+            if let Some(turn) = self.breaches.turn(fate, now) {
+                return Ok(turn);
             }
         }
         Ok(Turn::Drained)
     }
 
-    /// Counts a malformed frame; one too many ends it.
-    fn malformed(&mut self, error: &FrameError, now: Duration) -> Option<Turn> {
-        self.sender.counters.malformed += 1;
-        if self.malformed.take(1, now) {
-            return None;
-        }
-        Some(Turn::Garbage(error.to_string().chars().take(MAX_WORDS).collect()))
-    }
-
     /// Sends every whole frame that was read.
     fn drain<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>, now: Duration) -> Turn {
         loop {
-            match self.decoder.next_frame() {
+            let fate = match self.decoder.next_frame() {
                 Ok(None) => return Turn::Drained,
-                Ok(Some(frame)) => {
-                    if let Some(family) = self.sender.frame(&frame, table, sockets, now) {
-                        return Turn::Blocked(family);
-                    }
-                }
-                Err(error) => {
-                    if let Some(turn) = self.malformed(&error, now) {
-                        return turn;
-                    }
-                }
+                Ok(Some(frame)) => self.sender.frame(&frame, table, sockets, now),
+                Err(error) => self.sender.malformed(error),
+            };
+            if let Some(turn) = self.breaches.turn(fate, now) {
+                return turn;
             }
         }
     }
@@ -147,6 +190,7 @@ impl UpPath {
 struct Sender {
     pending: Pending,
     datagrams: Bucket,
+    initiations: Bucket,
     counters: Up,
 }
 
@@ -166,24 +210,43 @@ impl Sender {
         table: &Table,
         sockets: &Sockets<S>,
         now: Duration,
-    ) -> Option<Family> {
-        let count = u32::try_from(frame.segments().count()).unwrap_or(u32::MAX);
+    ) -> Fate {
+        let (mut count, mut initiations) = (0, 0);
+        for datagram in frame.segments() {
+            match Shape::of(datagram) {
+                Some(Shape::Initiation) => initiations += 1,
+                Some(Shape::Response | Shape::CookieReply | Shape::Transport) => {}
+                None => {
+                    self.counters.not_wireguard += 1;
+                    return Fate::Refused(Breach::NotWireGuard(datagram.len()));
+                }
+            }
+            count += 1;
+        }
         if table.endpoint(frame.gateway()).is_none() {
             self.counters.unknown_gateway += 1;
-            return None;
+            return Fate::Refused(Breach::Gateway(count));
         }
         if !self.datagrams.take(count, now) {
             self.counters.above_rate += 1;
-            return None;
+            return Fate::Refused(Breach::Datagrams(count));
+        }
+        if initiations > 0 && !self.initiations.take(initiations, now) {
+            self.counters.initiations_above_rate += 1;
+            return Fate::Refused(Breach::Initiations(initiations));
         }
         let (payload, segment, gateway) = (frame.payload(), frame.segment_len(), frame.gateway());
         let (sent, blocked) = send(&mut self.counters, gateway, segment, payload, table, sockets);
-        if blocked.is_some() {
-            self.pending.payload.extend_from_slice(&payload[sent..]);
-            self.pending.segment = segment;
-            self.pending.gateway = gateway;
-        }
-        blocked
+        let Some(family) = blocked else { return Fate::Done };
+        self.pending.payload.extend_from_slice(&payload[sent..]);
+        self.pending.segment = segment;
+        self.pending.gateway = gateway;
+        Fate::Blocked(family)
+    }
+
+    fn malformed(&mut self, error: FrameError) -> Fate {
+        self.counters.malformed += 1;
+        Fate::Refused(Breach::Frame(error))
     }
 
     fn resume<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>) -> Option<Family> {

@@ -60,10 +60,12 @@ fn it_forwards_and_can_open_nothing() {
     assert!(matches!(hear(&program.daemon), FromRelay::Counters(_)));
 
     let mut frame = Vec::new();
-    encode_port(GatewayId(1), 50, &[3; 50], &mut frame).unwrap();
+    let keepalive = [&[4, 0, 0, 0][..], &[3; 28]].concat();
+    encode_port(GatewayId(1), 32, &keepalive, &mut frame).unwrap();
     program.guest.write_all(&frame).unwrap();
     let mut datagram = [0; 100];
-    assert_eq!(gateway.recv(&mut datagram).unwrap(), 50);
+    assert_eq!(gateway.recv(&mut datagram).unwrap(), 32);
+    assert_eq!(datagram[..32], keepalive);
 
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", program.child.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();

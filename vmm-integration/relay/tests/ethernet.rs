@@ -18,6 +18,13 @@ use std::{
 const PATIENCE: Duration = Duration::from_secs(20);
 const GATEWAY: u8 = 7;
 
+/// What looks like a transport message of WireGuard's.
+fn transport(length: usize, fill: u8) -> Vec<u8> {
+    let mut bytes = vec![fill; length];
+    bytes[..4].copy_from_slice(&[4, 0, 0, 0]);
+    bytes
+}
+
 struct World {
     guest: UnixDatagram,
     daemon: OwnedFd,
@@ -90,11 +97,11 @@ impl World {
 #[test]
 fn datagrams_go_to_the_gateway_and_come_back() {
     let world = World::with(Limits::default());
-    for length in [32, 148, 1500] {
-        world.guest_sends(length, &vec![1; length]);
-        assert_eq!(world.gateway_receives(), vec![1; length]);
-        world.gateway.send_to(&vec![2; length], world.relay_v4).unwrap();
-        assert_eq!(world.guest_receives(), vec![2; length]);
+    for length in [32, 144, 1452] {
+        world.guest_sends(length, &transport(length, 1));
+        assert_eq!(world.gateway_receives(), transport(length, 1));
+        world.gateway.send_to(&transport(length, 2), world.relay_v4).unwrap();
+        assert_eq!(world.guest_receives(), transport(length, 2));
     }
     assert_eq!((world.counters().up.frames, world.counters().down.datagrams), (3, 3));
     world.say(&FromDaemon::Shutdown);
@@ -104,16 +111,28 @@ fn datagrams_go_to_the_gateway_and_come_back() {
 #[test]
 fn train_is_taken_apart() {
     let world = World::with(Limits::default());
-    let payload: Vec<u8> = (0..250).collect();
-    world.guest_sends(100, &payload);
+    let train = [transport(96, 1), transport(96, 2), transport(48, 3)];
+    world.guest_sends(96, &train.concat());
     let received = [world.gateway_receives(), world.gateway_receives(), world.gateway_receives()];
-    assert_eq!(received.concat(), payload);
+    assert_eq!(received, train);
+}
+
+#[test]
+fn datagram_that_has_not_wireguards_shape_goes_neither_way() {
+    let world = World::with(Limits::default());
+    world.guest_sends(96, &[3; 96]);
+    world.guest_sends(96, &transport(96, 4));
+    assert_eq!(world.gateway_receives(), transport(96, 4));
+    world.gateway.send_to(&[3; 96], world.relay_v4).unwrap();
+    world.gateway.send_to(&transport(96, 5), world.relay_v4).unwrap();
+    assert_eq!(world.guest_receives(), transport(96, 5));
+    assert_eq!((world.counters().up.not_wireguard, world.counters().down.not_wireguard), (1, 1));
 }
 
 #[test]
 fn frame_of_another_type_or_between_others_is_counted_and_goes_nowhere() {
     let world = World::with(Limits::default());
-    let inner = [&header(GatewayId(GATEWAY), 100, &[3; 100]).unwrap()[..], &[3; 100]].concat();
+    let inner = [&header(GatewayId(GATEWAY), 96, &transport(96, 3)).unwrap()[..], &transport(96, 3)].concat();
     let mut arp = [&GUEST_TO_RELAY[..], &inner].concat();
     arp[12..14].copy_from_slice(&[0x08, 0x06]);
     world.guest.send(&arp).unwrap();
@@ -121,8 +140,8 @@ fn frame_of_another_type_or_between_others_is_counted_and_goes_nowhere() {
     world.guest.send(&inner).unwrap();
     world.guest.send(&[]).unwrap();
     world.guest.send(&[&GUEST_TO_RELAY[..], &[1; MAX_FRAME + 1]].concat()).unwrap();
-    world.guest_sends(100, &[4; 100]);
-    assert_eq!(world.gateway_receives(), [4; 100]);
+    world.guest_sends(96, &transport(96, 4));
+    assert_eq!(world.gateway_receives(), transport(96, 4));
     assert_eq!((world.counters().up.malformed, world.counters().up.frames), (5, 1));
 }
 
@@ -142,7 +161,7 @@ fn guest_that_does_not_read_costs_its_own_datagrams_only() {
     let world = World::with(Limits::default());
     let dropped = loop {
         for _ in 0..100 {
-            world.gateway.send_to(&[9; 1400], world.relay_v4).unwrap();
+            world.gateway.send_to(&transport(1408, 9), world.relay_v4).unwrap();
         }
         let dropped = world.counters().down.guest_full;
         if dropped > 0 {
@@ -151,7 +170,7 @@ fn guest_that_does_not_read_costs_its_own_datagrams_only() {
     };
     assert!(dropped > 0);
     // The other direction still works, and what was kept arrives.
-    world.guest_sends(100, &[5; 100]);
-    assert_eq!(world.gateway_receives(), [5; 100]);
-    assert_eq!(world.guest_receives(), [9; 1400]);
+    world.guest_sends(96, &transport(96, 5));
+    assert_eq!(world.gateway_receives(), transport(96, 5));
+    assert_eq!(world.guest_receives(), transport(1408, 9));
 }

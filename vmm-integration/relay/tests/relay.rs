@@ -6,10 +6,11 @@
 )]
 
 use kontor_relay::{
-    Datagrams, End, Limits, Rate, Relay, RelayError, TableError, Uplink, Wires,
+    Datagrams, End, Limits, REFUSED_INITIATION, Rate, Relay, RelayError, TableError, Uplink, Wires,
     message::{self, Counters, FromDaemon, FromRelay},
 };
 use kontor_wire::uplink::{GatewayId, MAX_SEGMENTS, MIN_DATAGRAM, PortDecoder, encode_port};
+use kontor_wire::wireguard::{COOKIE_REPLY_LEN, INITIATION_LEN, LONGEST, RESPONSE_LEN};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use std::{
     io::{self, Read, Write},
@@ -25,6 +26,8 @@ use std::{
 /// Nothing here takes so long: a test that waits for it has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
 const GATEWAY: u8 = 7;
+/// Bytes of [`datagram`].
+const LEN: usize = 96;
 
 type Ended = Result<End, RelayError>;
 
@@ -150,21 +153,35 @@ impl World {
     }
 }
 
+/// What looks like a transport message of WireGuard's.
+fn transport(length: usize, fill: u8) -> Vec<u8> {
+    let mut bytes = vec![fill; length];
+    bytes[..4].copy_from_slice(&[4, 0, 0, 0]);
+    bytes
+}
+
 fn datagram(fill: u8) -> Vec<u8> {
-    vec![fill; 100]
+    transport(LEN, fill)
+}
+
+/// What looks like a handshake initiation.
+fn initiation(fill: u8) -> Vec<u8> {
+    let mut bytes = vec![fill; INITIATION_LEN];
+    bytes[..4].copy_from_slice(&[1, 0, 0, 0]);
+    bytes
 }
 
 #[test]
 fn datagrams_go_to_the_gateway_and_come_back() {
     let mut world = World::new();
     world.connect();
-    world.guest_sends(GATEWAY, 100, &datagram(1));
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
     assert_eq!(world.gateway_receives(), datagram(1));
     world.gateway.send_to(&datagram(2), world.relay_v4).unwrap();
     assert_eq!(world.guest_receives(), (GATEWAY, datagram(2)));
     let counters = world.counters();
-    assert_eq!((counters.up.frames, counters.up.datagrams, counters.up.bytes), (1, 1, 100));
-    assert_eq!((counters.down.datagrams, counters.down.bytes), (1, 100));
+    assert_eq!((counters.up.frames, counters.up.datagrams, counters.up.bytes), (1, 1, LEN as u64));
+    assert_eq!((counters.down.datagrams, counters.down.bytes), (1, LEN as u64));
     world.say(&FromDaemon::Shutdown);
     assert_eq!(world.ended().unwrap(), End::Shutdown);
 }
@@ -182,7 +199,7 @@ fn gateway_with_an_ipv6_address_is_reached_through_the_other_socket() {
     let first = world.gateway.local_addr().unwrap();
     world.say(&FromDaemon::Gateways(vec![(1, vec![first]), (2, vec![endpoint])]));
     world.counters();
-    world.guest_sends(2, 100, &datagram(1));
+    world.guest_sends(2, LEN, &datagram(1));
     let mut received = [0; 200];
     let (length, source) = gateway.recv_from(&mut received).unwrap();
     assert_eq!(received[..length], datagram(1));
@@ -194,11 +211,10 @@ fn gateway_with_an_ipv6_address_is_reached_through_the_other_socket() {
 fn each_segment_of_a_train_is_one_datagram() {
     let mut world = World::new();
     world.connect();
-    let payload: Vec<u8> = (0..250).collect();
-    world.guest_sends(GATEWAY, 100, &payload);
+    let train = [transport(LEN, 1), transport(LEN, 2), transport(48, 3)];
+    world.guest_sends(GATEWAY, LEN, &train.concat());
     let received = [world.gateway_receives(), world.gateway_receives(), world.gateway_receives()];
-    assert_eq!(received.each_ref().map(Vec::len), [100, 100, 50]);
-    assert_eq!(received.concat(), payload);
+    assert_eq!(received, train);
     assert_eq!(world.counters().up.frames, 1);
 }
 
@@ -206,10 +222,11 @@ fn each_segment_of_a_train_is_one_datagram() {
 fn longest_train_of_the_shortest_datagrams_arrives_in_order() {
     let mut world = World::new();
     world.connect();
-    let payload: Vec<u8> = (0..MAX_SEGMENTS * MIN_DATAGRAM).map(|at| (at / MIN_DATAGRAM) as u8).collect();
+    let train = |at: usize| transport(MIN_DATAGRAM, at as u8);
+    let payload: Vec<u8> = (0..MAX_SEGMENTS).flat_map(train).collect();
     world.guest_sends(GATEWAY, MIN_DATAGRAM, &payload);
     for segment in 0..MAX_SEGMENTS {
-        assert_eq!(world.gateway_receives(), vec![segment as u8; MIN_DATAGRAM]);
+        assert_eq!(world.gateway_receives(), train(segment));
     }
 }
 
@@ -229,7 +246,7 @@ fn datagram_from_another_source_is_dropped() {
 fn nothing_passes_before_a_table_came() {
     let mut world = World::new();
     world.gateway.send_to(&datagram(9), world.relay_v4).unwrap();
-    world.guest_sends(GATEWAY, 100, &datagram(9));
+    world.guest_sends(GATEWAY, LEN, &datagram(9));
     let counters = world.counters_once(|counters| counters.down.wrong_source == 1);
     assert_eq!(counters.down.datagrams, 0);
     let counters = world.counters_once(|counters| counters.up.unknown_gateway == 1);
@@ -240,8 +257,8 @@ fn nothing_passes_before_a_table_came() {
 fn frame_for_an_unknown_gateway_is_dropped() {
     let mut world = World::new();
     world.connect();
-    world.guest_sends(GATEWAY + 1, 100, &datagram(9));
-    world.guest_sends(GATEWAY, 100, &datagram(1));
+    world.guest_sends(GATEWAY + 1, LEN, &datagram(9));
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
     assert_eq!(world.gateway_receives(), datagram(1));
     let counters = world.counters();
     assert_eq!((counters.up.unknown_gateway, counters.up.datagrams), (1, 1));
@@ -257,18 +274,124 @@ fn gateway_that_left_the_table_is_neither_reached_nor_heard() {
     gone.send_to(&datagram(9), world.relay_v4).unwrap();
     world.gateway.send_to(&datagram(1), world.relay_v4).unwrap();
     assert_eq!(world.guest_receives(), (GATEWAY, datagram(1)));
-    world.guest_sends(GATEWAY, 100, &datagram(2));
+    world.guest_sends(GATEWAY, LEN, &datagram(2));
     assert_eq!(world.gateway_receives(), datagram(2));
 }
 
+/// Bytes that have no shape of WireGuard's: of other types, with reserved bytes in use, of other lengths.
+fn strangers() -> Vec<Vec<u8>> {
+    let mut strangers =
+        vec![vec![1; MIN_DATAGRAM], vec![0; 96], b"GET / HTTP/1.1\r\nHost: somewhere\r\n\r\n".into()];
+    for (kind, length) in [(1, INITIATION_LEN), (2, RESPONSE_LEN), (3, COOKIE_REPLY_LEN), (4, LEN)] {
+        let good = [&[kind, 0, 0, 0][..], &vec![7; length - 4]].concat();
+        strangers.push([&good[..], &[7]].concat());
+        strangers.push(good[..length - 1].to_vec());
+        strangers.extend((1..4).map(|at| {
+            let mut reserved = good.clone();
+            reserved[at] = 1;
+            reserved
+        }));
+    }
+    strangers.extend([transport(1456, 7), transport(LONGEST + 1, 7), [&[5, 0, 0, 0][..], &[7; 92]].concat()]);
+    strangers
+}
+
 #[test]
-fn datagram_too_short_for_wireguard_is_dropped() {
+fn datagram_of_the_gateways_that_is_not_wireguards_is_dropped() {
     let mut world = World::new();
     world.connect();
-    world.gateway.send_to(&[1; MIN_DATAGRAM - 1], world.relay_v4).unwrap();
-    world.gateway.send_to(&[2; MIN_DATAGRAM], world.relay_v4).unwrap();
-    assert_eq!(world.guest_receives(), (GATEWAY, vec![2; MIN_DATAGRAM]));
-    assert_eq!(world.counters().down.malformed, 1);
+    let strangers = strangers();
+    for stranger in strangers.iter().chain([&vec![4; MIN_DATAGRAM - 1]]) {
+        world.gateway.send_to(stranger, world.relay_v4).unwrap();
+    }
+    for length in [MIN_DATAGRAM, LONGEST] {
+        world.gateway.send_to(&transport(length, 2), world.relay_v4).unwrap();
+        assert_eq!(world.guest_receives(), (GATEWAY, transport(length, 2)));
+    }
+    let counters = world.counters();
+    assert_eq!((counters.down.not_wireguard, counters.down.datagrams), (strangers.len() as u64 + 1, 2));
+}
+
+#[test]
+fn frame_of_the_guests_with_what_is_not_wireguards_is_dropped_whole() {
+    let limits = Limits { malformed: Rate { per_s: 1, burst: 1_000 }, ..Limits::default() };
+    let mut world = World::with(limits);
+    world.connect();
+    let strangers = strangers();
+    for stranger in &strangers {
+        world.guest_sends(GATEWAY, stranger.len(), stranger);
+    }
+    // One among good ones takes them with it, wherever it stands.
+    for at in 0..3 {
+        let mut train = [transport(LEN, 1), transport(LEN, 2), transport(LEN, 3)];
+        train[at][1] = 1;
+        world.guest_sends(GATEWAY, LEN, &train.concat());
+    }
+    world.guest_sends(GATEWAY, LEN, &[transport(LEN, 1), transport(40, 2)].concat());
+    for (kind, length) in [(1, INITIATION_LEN), (2, RESPONSE_LEN), (3, COOKIE_REPLY_LEN), (4, LONGEST)] {
+        let good = [&[kind, 0, 0, 0][..], &vec![8; length - 4]].concat();
+        world.guest_sends(GATEWAY, length, &good);
+        assert_eq!(world.gateway_receives(), good);
+    }
+    let counters = world.counters();
+    assert_eq!((counters.up.not_wireguard, counters.up.datagrams), (strangers.len() as u64 + 4, 4));
+}
+
+#[test]
+fn guest_that_keeps_sending_what_is_not_wireguards_ends_the_relay() {
+    let limits = Limits { malformed: Rate { per_s: 1, burst: 4 }, ..Limits::default() };
+    let mut world = World::with(limits);
+    world.connect();
+    let mut frames = Vec::new();
+    encode_port(GatewayId(GATEWAY), LEN, &[b'x'; LEN], &mut frames).unwrap();
+    world.guest.write_all(&frames.repeat(10)).unwrap();
+    let words = "a datagram of 96 bytes that has not WireGuard's shape";
+    assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
+    assert_eq!(world.ended().unwrap(), End::Garbage);
+}
+
+#[test]
+fn initiations_have_a_limit_of_their_own_and_a_flood_of_them_ends_the_relay() {
+    let limits = Limits {
+        initiations: Rate { per_s: 1, burst: 3 },
+        refused: Rate { per_s: 1, burst: 5 * REFUSED_INITIATION },
+        ..Limits::default()
+    };
+    let mut world = World::with(limits);
+    world.connect();
+    for number in 0..5 {
+        world.guest_sends(GATEWAY, INITIATION_LEN, &initiation(number));
+    }
+    // Other messages have their own limit.
+    world.guest_sends(GATEWAY, LEN, &datagram(9));
+    let mut received: Vec<Vec<u8>> = (0..3).map(|_| world.gateway_receives()).collect();
+    assert_eq!(received, [initiation(0), initiation(1), initiation(2)]);
+    // A second more may have passed, and with it one more initiation.
+    received.push(world.gateway_receives());
+    assert!([initiation(3), datagram(9)].contains(&received[3]));
+    let counters = world.counters();
+    assert!((1..=2).contains(&counters.up.initiations_above_rate), "{counters:?}");
+
+    world.guest_sends(GATEWAY, INITIATION_LEN, &initiation(9).repeat(MAX_SEGMENTS));
+    let words = "a flood: 64 handshake initiations above the limit";
+    assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
+    assert_eq!(world.ended().unwrap(), End::Garbage);
+}
+
+/// What a tunnel sends before its first session, to two gateways at once, is within the limit.
+#[test]
+fn initiations_of_a_tunnel_that_finds_no_gateway_pass() {
+    let mut world = World::new();
+    world.connect();
+    let limit = Limits::default().initiations;
+    assert!(limit.per_s >= 2 * 4 && limit.burst >= limit.per_s);
+    for number in 0..limit.burst {
+        world.guest_sends(GATEWAY, INITIATION_LEN, &initiation(number as u8));
+    }
+    for number in 0..limit.burst {
+        assert_eq!(world.gateway_receives(), initiation(number as u8));
+    }
+    assert_eq!(world.counters().up.initiations_above_rate, 0);
 }
 
 #[test]
@@ -280,7 +403,7 @@ fn a_few_malformed_frames_are_dropped_and_one_too_many_ends_the_relay() {
     // One write for all: the refill of the second it takes cannot matter.
     let malformed = [3, 0, 9, 9, 9];
     world.guest.write_all(&malformed.repeat(burst as usize)).unwrap();
-    world.guest_sends(GATEWAY, 100, &datagram(1));
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
     assert_eq!(world.gateway_receives(), datagram(1));
     assert_eq!(world.counters().up.malformed, u64::from(burst));
 
@@ -294,7 +417,7 @@ fn malformed_frames_between_good_ones_end_the_relay_too() {
     let mut world = World::new();
     world.connect();
     let mut both = vec![3, 0, 9, 9, 9];
-    encode_port(GatewayId(GATEWAY), 100, &datagram(1), &mut both).unwrap();
+    encode_port(GatewayId(GATEWAY), LEN, &datagram(1), &mut both).unwrap();
     // The relay may be gone before all is written.
     let _ = world.guest.write_all(&both.repeat(40));
     assert!(matches!(world.hear(), FromRelay::Garbage(_)));
@@ -308,7 +431,7 @@ fn flood_above_the_rate_is_dropped_and_counted() {
     world.connect();
     // A train counts by its datagrams: 2 and 2 pass, 2 more do not.
     for _ in 0..50 {
-        world.guest_sends(GATEWAY, 100, &[1; 200]);
+        world.guest_sends(GATEWAY, LEN, &datagram(1).repeat(2));
     }
     let all = |counters: &Counters| counters.up.frames + counters.up.above_rate == 50;
     let counters = world.counters_once(all);
@@ -316,10 +439,31 @@ fn flood_above_the_rate_is_dropped_and_counted() {
 }
 
 #[test]
+fn flood_that_goes_on_ends_the_relay() {
+    for (gateway, words) in [
+        (GATEWAY, "a flood: 64 datagrams above the limit"),
+        (GATEWAY + 1, "a flood: 64 datagrams for a gateway that is not known"),
+    ] {
+        let limits = Limits {
+            datagrams: Rate { per_s: 1, burst: 64 },
+            refused: Rate { per_s: 1, burst: 640 },
+            ..Limits::default()
+        };
+        let mut world = World::with(limits);
+        world.connect();
+        let mut frame = Vec::new();
+        encode_port(GatewayId(gateway), 32, &transport(32, 1).repeat(64), &mut frame).unwrap();
+        let _ = world.guest.write_all(&frame.repeat(20));
+        assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
+        assert_eq!(world.ended().unwrap(), End::Garbage);
+    }
+}
+
+#[test]
 fn guest_that_does_not_read_loses_datagrams_and_blocks_nothing() {
     let mut world = World::new();
     world.connect();
-    let payload = vec![5; 60_000];
+    let payload = transport(LONGEST, 5);
     let full = loop {
         world.gateway.send_to(&payload, world.relay_v4).unwrap();
         let counters = world.counters();
@@ -327,7 +471,7 @@ fn guest_that_does_not_read_loses_datagrams_and_blocks_nothing() {
             break counters;
         }
     };
-    world.guest_sends(GATEWAY, 100, &datagram(1));
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
     assert_eq!(world.gateway_receives(), datagram(1));
     // Whatever was framed arrives whole once the guest reads again, and then new datagrams do.
     for _ in 0..full.down.datagrams {
@@ -347,7 +491,7 @@ fn guest_that_does_not_read_loses_datagrams_and_blocks_nothing() {
 fn closed_uplink_ends_the_relay_and_its_last_word_are_the_counters() {
     let mut world = World::new();
     world.connect();
-    world.guest_sends(GATEWAY, 100, &datagram(1));
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
     world.gateway_receives();
     world.guest.shutdown(std::net::Shutdown::Both).unwrap();
     assert!(matches!(world.hear(), FromRelay::Counters(counters) if counters.up.datagrams == 1));
@@ -395,6 +539,13 @@ impl Datagrams for Narrow {
     }
 }
 
+/// A transport message that carries its number.
+fn numbered(number: u32) -> Vec<u8> {
+    let mut bytes = transport(400, 0);
+    bytes[4..8].copy_from_slice(&number.to_le_bytes());
+    bytes
+}
+
 #[test]
 fn network_without_room_holds_the_guest_back_and_loses_nothing() {
     let (mut guest, uplink) = guest_pair();
@@ -423,7 +574,7 @@ fn network_without_room_holds_the_guest_back_and_loses_nothing() {
     let (mut frames, mut pending, mut number, mut sent) = (0_u32, Vec::new(), 0_u32, u64::MAX);
     loop {
         if pending.is_empty() {
-            let train: Vec<u8> = (number..number + 10).flat_map(|n| n.to_le_bytes().repeat(100)).collect();
+            let train: Vec<u8> = (number..number + 10).flat_map(numbered).collect();
             encode_port(GatewayId(1), 400, &train, &mut pending).unwrap();
             (number, frames) = (number + 10, frames + 1);
         }
@@ -447,7 +598,7 @@ fn network_without_room_holds_the_guest_back_and_loses_nothing() {
     let mut received = [0; 1000];
     for expected in 0..number {
         assert_eq!(far.recv(&mut received).unwrap(), 400);
-        assert_eq!(received[..4], expected.to_le_bytes());
+        assert_eq!(received[..400], numbered(expected));
     }
     drop(writer.join().unwrap());
     assert_eq!(relay.join().unwrap().unwrap(), End::UplinkClosed);

@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const PACKETS_MAX: usize = 64;
 /// Least time between two words to init that the gateway was heard.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
+/// What the relay takes for WireGuard's is what the core makes.
+const _: () = assert!(DATAGRAM_MAX == kontor_wire::wireguard::LONGEST);
 /// More than the interface's MTU, so that a longer packet shows as one.
 const PACKET_BUFFER: usize = 2048;
 

@@ -148,7 +148,7 @@ fn boot_reaches_ready_and_stop_powers_off() {
     assert_eq!(status["lease"]["not_after"], tenant::NOW + 600);
     assert_eq!(status["lease"]["revision"], 1);
     let relayed = &status["relay"];
-    assert_eq!((&relayed["up"]["datagrams"], &relayed["up"]["bytes"]), (&1.into(), &100.into()));
+    assert_eq!((&relayed["up"]["datagrams"], &relayed["up"]["bytes"]), (&1.into(), &32.into()));
     assert_eq!(relayed["down"]["datagrams"], 1);
     let shown = world.kontor(&["status"]).out;
     assert!(shown.contains("EMULATED") && shown.contains("USER MODE"), "{shown}");
@@ -469,7 +469,7 @@ fn tap_records_both_directions() {
     let file = fs::read(world.path("tap")).unwrap();
     let mut frame = Vec::new();
     let gateway = kontor_wire::uplink::GatewayId(tenant::GATEWAY);
-    kontor_wire::uplink::encode_port(gateway, 100, &[5; 100], &mut frame).unwrap();
+    kontor_wire::uplink::encode_port(gateway, 32, &stub::KEEPALIVE, &mut frame).unwrap();
     for direction in [kontor_daemon::tap::Direction::Up, kontor_daemon::tap::Direction::Down] {
         let records = kontor_daemon::tap::records(&file);
         let bytes: Vec<u8> = records

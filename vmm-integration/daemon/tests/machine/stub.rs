@@ -29,6 +29,12 @@ use std::{
 
 /// The root hash that the stub's guest runs from.
 pub(crate) const ROOT: [u8; 32] = [0xab; 32];
+/// What looks like a keepalive of WireGuard's.
+pub(crate) const KEEPALIVE: [u8; 32] = {
+    let mut bytes = [5; 32];
+    [bytes[0], bytes[1], bytes[2], bytes[3]] = [4, 0, 0, 0];
+    bytes
+};
 /// What a guest that was told to stop powers off with.
 const POWERED_OFF: i32 = 0;
 
@@ -256,12 +262,12 @@ impl Machine {
     /// Sends a datagram to the gateway and has it come back.
     fn echo(&mut self) {
         let mut frame = Vec::new();
-        encode_port(GatewayId(GATEWAY), 100, &[5; 100], &mut frame).unwrap();
+        encode_port(GatewayId(GATEWAY), 32, &KEEPALIVE, &mut frame).unwrap();
         self.uplink.write_all(&frame).unwrap();
         let mut decoder = PortDecoder::new();
         loop {
             if let Some(frame) = decoder.next_frame().unwrap() {
-                assert_eq!((frame.gateway(), frame.payload()), (GatewayId(GATEWAY), &[5; 100][..]));
+                assert_eq!((frame.gateway(), frame.payload()), (GatewayId(GATEWAY), &KEEPALIVE[..]));
                 return;
             }
             let count = self.uplink.read(decoder.space()).unwrap();
