@@ -70,7 +70,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         step(&format!("trying to leak: {}", attempt.name));
         made.push(attempt.make(&probe, number)?);
     }
-    let canary = leaks::CANARY.make(&probe, leaks::ATTEMPTS.len())?;
+    let canary = leaks::CANARY.make(&probe, leaks::CANARY_NUMBER)?;
     let memory = Memory {
         guest_mib: MEMORY_MIB,
         kontord_kib: scene.home.kontord_pid().and_then(resident_kib).unwrap_or_default(),

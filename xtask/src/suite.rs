@@ -1,5 +1,7 @@
 //! The tests that need a real work VM: one machine for all that can share it.
 
+mod uplink;
+
 use crate::{
     build::{Backend, Plan},
     leaks,
@@ -42,7 +44,8 @@ type Outcome = std::result::Result<(), Failed>;
 pub(crate) fn inside(plan: &Path, rest: Vec<String>) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
     world::make()?;
-    let scene = Scene::open(&plan, LEASE_S)?;
+    let mut scene = Scene::open(&plan, LEASE_S)?;
+    scene.home.record_uplink()?;
     let stage = Stage { plan, scene: Some(scene), probe: None, made: Vec::new(), canary: None };
     let shared = Arc::new(Mutex::new(stage));
     let mut arguments = Arguments::from_iter(
@@ -86,7 +89,11 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     };
     add("page_is_still_read_after_all_attempts", page_is_read);
     add("canary_is_let_through", canary);
+    add("tap_before_the_relay_holds_no_marker_in_clear", uplink::tap);
     add("work_vm_closes_when_asked_and_leaves_no_process", closes);
+    for (name, trial) in uplink::TRIALS {
+        add(name, *trial);
+    }
     add("changed_root_image_stops_the_work_vm", changed_root);
     add("work_vm_starts_again", starts);
     add("captures_hold_no_marker_and_only_tunnel_packets", captures);
@@ -168,7 +175,7 @@ fn fetch_large_file(stage: &mut Stage, options: &str) -> Outcome {
 }
 
 fn canary(stage: &mut Stage) -> Outcome {
-    let made = leaks::CANARY.make(stage.probe()?, leaks::ATTEMPTS.len()).map_err(words)?;
+    let made = leaks::CANARY.make(stage.probe()?, leaks::CANARY_NUMBER).map_err(words)?;
     stage.canary = Some(made);
     Ok(())
 }

@@ -345,7 +345,7 @@ fn guest_that_keeps_sending_what_is_not_wireguards_ends_the_relay() {
     let mut frames = Vec::new();
     encode_port(GatewayId(GATEWAY), LEN, &[b'x'; LEN], &mut frames).unwrap();
     world.guest.write_all(&frames.repeat(10)).unwrap();
-    let words = "a datagram of 96 bytes that has not WireGuard's shape";
+    let words = "a datagram of 96 bytes without the shape of WireGuard";
     assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
     assert_eq!(world.ended().unwrap(), End::Garbage);
 }

@@ -15,14 +15,14 @@ mod life;
 mod lockdown;
 mod log;
 mod modules;
-mod ports;
+pub(crate) mod ports;
 mod post;
 mod resolv;
 mod root;
 mod stop;
 mod supervise;
 mod tenant;
-mod uevent;
+pub(crate) mod uevent;
 mod uplink;
 mod verity;
 
