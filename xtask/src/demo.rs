@@ -81,7 +81,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
         step(&format!("trying to leak: {}", attempt.name));
         made.push(attempt.make(&probe, number)?);
     }
-    let canary = leaks::CANARY.make(&probe, leaks::ATTEMPTS.len())?;
+    let canary = leaks::CANARY.make(&probe, leaks::CANARY_NUMBER)?;
     let memory = memory(&scene);
     step("closing");
     drop(probe);

@@ -27,6 +27,13 @@ pub(crate) struct Made {
     pub(crate) said: String,
 }
 
+/// Every marker begins so; four digits follow.
+pub(crate) const MARKER_PREFIX: &str = "kontor-leak-";
+/// Bytes of a marker.
+pub(crate) const MARKER_LEN: usize = MARKER_PREFIX.len() + 4;
+/// Number of [`CANARY`], which no attempt has.
+pub(crate) const CANARY_NUMBER: usize = 999;
+
 /// Perl that every script begins with: `M` is the marker; `say` tells what happened.
 const PRELUDE: &str = r"
 use strict; use Socket; use POSIX ();
@@ -125,6 +132,18 @@ for my $d (@d) { push @seen, qq($d: ) . (sysopen(my $f, $d, POSIX::O_RDWR()) ? '
 said(@seen ? join(', ', @seen) : 'FOUND none at all')",
     },
     Attempt {
+        name: "take-the-uplink-from-its-holders",
+        script: r"my @seen;
+for my $comm (glob '/proc/[0-9]*/comm') { open(my $f, '<', $comm) or next; my $name = <$f>; chomp $name;
+  my $pid = (split m{/}, $comm)[2]; next unless $pid == 1 || $name eq 'kontor-tunnel';
+  # pidfd_open, then pidfd_getfd of each.
+  my $process = syscall(434, $pid + 0, 0);
+  for my $file (glob qq(/proc/$pid/fd/*)) { my $to = readlink($file) // next; next unless $to =~ /vport|vfio/;
+    my $r = syscall(438, $process, (split m{/}, $file)[4] + 0, 0);
+    push @seen, qq($name: $to: ) . ($r == -1 ? $! : 'OPENED') } }
+said(@seen ? join(', ', @seen) : 'FOUND no holder')",
+    },
+    Attempt {
         name: "io-ports",
         script: r"my $r = syscall(172, 3); said('iopl: ' . ($r == 0 ? 'ALLOWED' : $!))",
     },
@@ -154,7 +173,7 @@ connect($s, pack('SSLLC4', 40, 0, 9, 2, 0, 0, 0, 0)) or failed('vsock connect');
 impl Attempt {
     /// Makes the attempt, as root in the work VM.
     pub(crate) fn make(&self, probe: &Probe, number: usize) -> Result<Made> {
-        let marker = format!("kontor-leak-{number:04}");
+        let marker = format!("{MARKER_PREFIX}{number:04}");
         let script = format!("{PRELUDE}\nuse IO::Handle;\n{}\n", self.script);
         let variables = [
             format!("MARKER={marker}"),

@@ -18,7 +18,7 @@ pub(crate) const GATEWAY_PORT: u16 = 51820;
 /// Control's TCP port.
 pub(crate) const CONTROL_PORT: u16 = 443;
 /// The gateway's id in bundle and lease.
-const GATEWAY_ID: u8 = 1;
+pub(crate) const GATEWAY_ID: u8 = 1;
 /// The intranet's name.
 pub(crate) const INTRANET_NAME: &str = "intranet.office.example";
 /// Title of the intranet's page.

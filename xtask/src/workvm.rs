@@ -2,7 +2,7 @@
 
 use crate::{
     build::Plan,
-    office::{CONTROL_PORT, DEVICE, Office, await_line, write},
+    office::{CONTROL_PORT, DEVICE, Office, await_line, read_text, write},
     probe::Probe,
     run::{Error, Result, at, quietly, text},
     world::{Host, OFFICE_ADDRESS, Power, User},
@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::{
     fs,
+    io::Read,
     path::PathBuf,
     process::{Child, Command, Output, Stdio},
 };
@@ -87,6 +88,25 @@ uplink = "{uplink}"
         let (child, _) = await_line(&mut command, &self.path("kontord.log"), "ready")?;
         self.kontord = Some(child);
         Ok(())
+    }
+
+    /// Lets `kontord` record all bytes between QEMU and relay from now on, afresh with each work VM.
+    pub(crate) fn record_uplink(&mut self) -> Result<()> {
+        let file = self.path("kontord.toml");
+        let config = read_text(&file)?;
+        self.stop_kontord()?;
+        write(&file, format!("{config}\ntap = {:?}\n", self.path("tap")).as_bytes())?;
+        self.start_kontord()
+    }
+
+    /// What was recorded of the newest work VM, as far as a search needs it.
+    pub(crate) fn tap(&self) -> Result<Vec<u8>> {
+        const ENOUGH: u64 = 32 << 20;
+        let path = self.path("tap");
+        let mut bytes = Vec::new();
+        let file = fs::File::open(&path).map_err(at("open", &path))?;
+        file.take(ENOUGH).read_to_end(&mut bytes).map_err(at("read", &path))?;
+        Ok(bytes)
     }
 
     /// Runs a verb of `kontor` to its end.

@@ -3,12 +3,14 @@
 //!
 //! * [`init`]: `kontor-init`, PID 1 from the initrd to the power switch.
 //! * [`tunnel`]: `kontor-tunnel`, between the TUN interface and the uplink, without any power.
-//! * [`probe`]: `kontor-probe`, runs commands for tests; in test images only.
+//! * [`probe`]: `kontor-probe`, runs commands for tests; in test images only. So is [`attempt`], what root
+//!   can do to the uplink.
 //! * [`bench`]: `kontor-bench`, measures; in no image at all.
 //!
 //! Trusted are the kernel's command line and the image. The host and the network are not: every byte
 //! from there is bounded, parsed without panic, and believed only once it is verified.
 
+pub mod attempt;
 pub mod bench;
 mod clock;
 pub mod init;

@@ -30,7 +30,7 @@ pub(crate) struct UpPath {
 enum Breach {
     #[error(transparent)]
     Frame(#[from] FrameError),
-    #[error("a datagram of {0} bytes that has not WireGuard's shape")]
+    #[error("a datagram of {0} bytes without the shape of WireGuard")]
     NotWireGuard(usize),
     #[error("a flood: {0} datagrams for a gateway that is not known")]
     Gateway(u32),

@@ -3,6 +3,7 @@
 mod lease;
 mod tamper;
 mod thread;
+mod uplink;
 
 use crate::{
     build::Plan,
@@ -39,7 +40,8 @@ type Outcome = std::result::Result<(), Failed>;
 pub(crate) fn inside(plan: &Path, rest: Vec<String>) -> Result<ExitCode> {
     let plan = Plan::read(plan)?;
     world::make()?;
-    let scene = Scene::open(&plan, LEASE_S)?;
+    let mut scene = Scene::open(&plan, LEASE_S)?;
+    scene.home.record_uplink()?;
     let stage = Stage { plan, scene: Some(scene), probe: None, made: Vec::new(), canary: None };
     let shared = Arc::new(Mutex::new(stage));
     let mut arguments = Arguments::from_iter(
@@ -83,7 +85,11 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     };
     add("page_is_still_read_after_all_attempts", thread::page_is_read);
     add("canary_is_let_through", thread::canary);
+    add("tap_before_the_relay_holds_no_marker_in_clear", uplink::tap);
     add("work_vm_closes_when_asked_and_leaves_no_process", thread::closes);
+    for (name, trial) in uplink::TRIALS {
+        add(name, *trial);
+    }
     add("changed_root_image_stops_the_work_vm", tamper::changed_root);
     add("work_vm_starts_again", thread::starts);
     add("captures_hold_no_marker_and_only_tunnel_packets", thread::captures);

@@ -64,7 +64,7 @@ pub(super) fn fetch_large_file(stage: &mut Stage, options: &str) -> Outcome {
 }
 
 pub(super) fn canary(stage: &mut Stage) -> Outcome {
-    let made = leaks::CANARY.make(stage.probe()?, leaks::ATTEMPTS.len()).map_err(words)?;
+    let made = leaks::CANARY.make(stage.probe()?, leaks::CANARY_NUMBER).map_err(words)?;
     stage.canary = Some(made);
     Ok(())
 }
