@@ -42,7 +42,7 @@ use url::Url;
 /// Most releases, one for each profile, that a repository may offer.
 const MAX_OFFERED: usize = 64;
 /// How far the clock may be behind the last lease: local time instead of UTC, and a day on top.
-const CLOCK_SLACK_S: u64 = 2 * 86_400;
+pub(crate) const CLOCK_SLACK_S: u64 = 2 * 86_400;
 /// `tough`'s memory of the latest time.
 const LATEST_TIME: &str = "latest_known_time.json";
 

@@ -161,14 +161,24 @@ impl HttpsOffice {
     }
 
     async fn ask(&self, request: Vec<u8>) -> Result<Reply, OfficeError> {
-        let pins = self.store.keyset()?.keyset().control_spki.clone();
-        let config = kontor_tls::client(&self.store.host_key()?, &pins)?;
-        let stream = self.secure(self.connect().await?, config).await?;
+        let stream = self.open().await?;
         let (status, body) = self.post(stream, request).await?;
         if status != StatusCode::OK {
             return Err(OfficeError::Status(status));
         }
         parse(&body)
+    }
+
+    /// Whether the office answers, and is the office.
+    pub(crate) async fn reach(&self) -> Result<(), OfficeError> {
+        let opened = timeout(self.patience, self.open()).await.unwrap_or(Err(OfficeError::Late));
+        opened.map(|_| ())
+    }
+
+    async fn open(&self) -> Result<TlsStream<TcpStream>, OfficeError> {
+        let pins = self.store.keyset()?.keyset().control_spki.clone();
+        let config = kontor_tls::client(&self.store.host_key()?, &pins)?;
+        self.secure(self.connect().await?, config).await
     }
 
     async fn connect(&self) -> Result<TcpStream, OfficeError> {

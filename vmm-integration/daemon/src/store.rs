@@ -23,6 +23,7 @@ mod files;
 pub use error::StoreError;
 pub(crate) use files::{io_error, read, sync_parent};
 
+use crate::host::KvmVerdict;
 use files::replace;
 use kontor_bundle::{
     Bundle,
@@ -144,9 +145,9 @@ const KVM_VERDICT: &str = "kvm.json";
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct KvmVerdict {
+struct OfBoot {
     boot: String,
-    works: bool,
+    verdict: KvmVerdict,
 }
 
 fn boot_id() -> io::Result<String> {
@@ -260,22 +261,22 @@ impl Store {
         }
     }
 
-    /// Whether KVM ran a guest when it was last tried; `None` when that was not in this boot of the
-    /// host, whose kernel, firmware and settings may have changed since.
+    /// What came of trying KVM with a guest; `None` when that was not in this boot of the host, whose
+    /// kernel, firmware and settings may have changed since.
     #[must_use]
-    pub fn kvm_verdict(&self) -> Option<bool> {
+    pub fn kvm_verdict(&self) -> Option<KvmVerdict> {
         let (boot, verdict) = (boot_id().ok()?, read(&self.dir.join(KVM_VERDICT), SMALL_MAX).ok()?);
-        let Ok(KvmVerdict { boot: then, works }) = serde_json::from_slice(&verdict) else { return None };
-        (then == boot).then_some(works)
+        let Ok(OfBoot { boot: then, verdict }) = serde_json::from_slice(&verdict) else { return None };
+        (then == boot).then_some(verdict)
     }
 
     /// Keeps what [`Store::kvm_verdict`] tells.
     ///
     /// # Errors
     /// [`StoreError`] names the file.
-    pub fn remember_kvm_verdict(&self, works: bool) -> Result<(), StoreError> {
+    pub fn remember_kvm_verdict(&self, verdict: KvmVerdict) -> Result<(), StoreError> {
         let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
-        let verdict = serde_json::to_vec(&KvmVerdict { boot, works }).expect("text and a bool serialize");
+        let verdict = serde_json::to_vec(&OfBoot { boot, verdict }).expect("text and numbers serialize");
         replace(&self.dir.join(KVM_VERDICT), &verdict)
     }
 
