@@ -215,13 +215,20 @@ impl Offer {
         self.metadata.files(self.verified.versions())
     }
 
+    /// Whether the signed list names just this piece.
+    pub(crate) fn lists(&self, piece: &Piece) -> Result<(), FetchError> {
+        let name = piece_target(&self.manifest.image.profile, piece);
+        let listed = Target { bytes: piece.bytes, sha256: piece.sha256 };
+        if self.verified.target(&name) == Some(listed) {
+            Ok(())
+        } else {
+            Err(FetchError::Unlike(piece.name.clone()))
+        }
+    }
+
     /// Fetches a piece into the directory `to`, under the returned name.
     pub(crate) fn fetch(&self, piece: &Piece, to: &Path) -> Result<PathBuf, FetchError> {
         let name = piece_target(&self.manifest.image.profile, piece);
-        let listed = Target { bytes: piece.bytes, sha256: piece.sha256 };
-        if self.verified.target(&name) != Some(listed) {
-            return Err(FetchError::Unlike(piece.name.clone()));
-        }
         let refused =
             |error| FetchError::Tuf { what: format!("the release's {}", piece.name), error: Box::new(error) };
         let target = TargetName::new(name.as_str()).map_err(refused)?;
