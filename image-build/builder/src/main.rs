@@ -38,6 +38,7 @@ mod verity;
 
 use clap::{Args, Parser, Subcommand};
 use exit::Exit;
+use kontor_trust::PublicKey;
 use profile::{Profile, Source};
 use progress::Progress;
 use std::{
@@ -135,6 +136,57 @@ enum Verb {
     Publish(Publication),
     /// Sign what waits in the repository, if one's own build of it has the same digests
     Cosign(Publication),
+    /// Make the published releases fetchable for longer: signs snapshot and timestamp anew, daily
+    Refresh {
+        /// The repository
+        #[arg(long, value_name = "DIR")]
+        repo: PathBuf,
+        /// The keys of snapshot and timestamp: files, or directories with them
+        #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+        keys: Vec<PathBuf>,
+        /// Life of snapshot and timestamp in days
+        #[arg(long, value_name = "DAYS", default_value_t = 7)]
+        fresh: u32,
+        /// Print the outcome as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a key for one of the repository's roles, and print its public half
+    TufKey {
+        /// File to make, readable by its owner only
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Print the public half as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the repository's next root, or sign the one that waits; a role that is not named keeps its keys
+    TufRoot {
+        /// The repository
+        #[arg(long, value_name = "DIR")]
+        repo: PathBuf,
+        /// Secret root keys, of the root before and of the new one: files, or directories with them
+        #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+        keys: Vec<PathBuf>,
+        /// All root keys from now on, each by its public half
+        #[arg(long, value_name = "KEY", num_args = 1..)]
+        root: Vec<PublicKey>,
+        /// All keys that vouch for releases from now on, each by its public half
+        #[arg(long, value_name = "KEY", num_args = 1..)]
+        targets: Vec<PublicKey>,
+        /// The snapshot's key from now on, by its public half
+        #[arg(long, value_name = "KEY")]
+        snapshot: Option<PublicKey>,
+        /// The timestamp's key from now on, by its public half
+        #[arg(long, value_name = "KEY")]
+        timestamp: Option<PublicKey>,
+        /// Life of the root in days
+        #[arg(long, value_name = "DAYS", default_value_t = 365)]
+        expires: u32,
+        /// Print the outcome as JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Say what an image or a release is, and check every file of it
     Inspect {
         dir: PathBuf,
@@ -334,6 +386,21 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
         }
         Verb::Publish(publication) => publication.run(publish::publish)?,
         Verb::Cosign(publication) => publication.run(publish::cosign)?,
+        Verb::Refresh { repo, keys, fresh, json } => {
+            let outcome = publish::refresh(&repo, &keys, fresh)?;
+            answer(json.then_some(&outcome), &outcome.to_string())?;
+        }
+        Verb::TufKey { out, json } => {
+            let public = publish::key(&out)?;
+            answer(json.then_some(&public), &format!("{public}\n"))?;
+        }
+        Verb::TufRoot { repo, keys, root, targets, snapshot, timestamp, expires, json } => {
+            let (repository, days) = (repo.as_path(), expires);
+            let keys = &keys;
+            let request = publish::RootRequest { repository, keys, root, targets, snapshot, timestamp, days };
+            let outcome = publish::new_root(&request)?;
+            answer(json.then_some(&outcome), &outcome.to_string())?;
+        }
         Verb::Inspect { dir, json } => {
             let report = inspect::inspect(&dir)?;
             answer(json.then_some(&report), &report.to_string())?;

@@ -16,7 +16,7 @@ use crate::{
 };
 use kontor_release::{MAX_MANIFEST, Manifest, ManifestError};
 use kontor_repository::{
-    Draft, RoleError, RoleType, SignError, Signer, Staff, Target, keyset_target, manifest_target, new_root,
+    Draft, RoleError, RoleType, SignError, Signer, Staff, Target, keyset_target, manifest_target,
     piece_target, seal,
 };
 use kontor_trust::{Digest, KeyError, SecretKey};
@@ -63,6 +63,24 @@ pub(crate) enum PublishError {
     NothingWaits(PathBuf),
     #[error("{name} of this build has {own}, the list that waits names {waiting}; it is not signed")]
     Differs { name: String, own: String, waiting: String },
+    #[error(
+        "the list that waits may be fetched until {found}, {most} is the latest that is signed; publish again"
+    )]
+    TooLong { found: String, most: String },
+    #[error("the list that waits has version {found}, {expected} is the next; publish again")]
+    OtherVersion { found: u64, expected: u64 },
+    #[error("the list of targets may be fetched until {0} only; publish its release again")]
+    Expired(String),
+    #[error("nothing is published in {0} yet")]
+    Nothing(PathBuf),
+    #[error("another root waits in {0} for signatures; sign that one without naming keys anew, or remove it")]
+    RootWaits(PathBuf),
+    #[error("the repository's root names no key for a role")]
+    Staff,
+    #[error("the root")]
+    Root(#[source] RoleError),
+    #[error("none of the keys is a root key, or each has signed already")]
+    NoRootSigned,
     #[error("sign the metadata")]
     Sign(#[from] SignError),
     #[error("the waiting list of targets")]
@@ -85,15 +103,24 @@ impl PublishError {
             | Self::OtherRepository { .. }
             | Self::NotNewer { .. }
             | Self::Differs { .. }
+            | Self::TooLong { .. }
+            | Self::OtherVersion { .. }
+            | Self::Expired(_)
+            | Self::Root(_)
             | Self::Waiting(_) => Exit::NotVerified,
             Self::KeyMode(_)
             | Self::Key(..)
             | Self::NoKeys(_)
             | Self::NobodySigned
             | Self::NothingWaits(_)
+            | Self::Nothing(_)
+            | Self::RootWaits(_)
+            | Self::NoRootSigned
+            | Self::Sign(SignError::Threshold { .. })
             | Self::KeyExists(_) => Exit::Usage,
+            Self::Sign(SignError::Role(..)) => Exit::NotVerified,
             Self::Clock => Exit::HostLacks,
-            Self::NewKey(_) | Self::Sign(_) => Exit::Bug,
+            Self::NewKey(_) | Self::Staff | Self::Sign(_) => Exit::Bug,
         }
     }
 }
@@ -129,6 +156,13 @@ pub(crate) enum Outcome {
     Published { release: String, version: u64, timestamp: u64 },
     /// It lacks something, named in words.
     Waits { release: String, version: u64, lacks: String },
+    /// Readers may fetch what is published for longer: snapshot and timestamp until the first time, the list of
+    /// targets until the second (both in Unix seconds).
+    Refreshed { timestamp: u64, until: u64, targets_until: u64 },
+    /// Readers follow a new root.
+    Root { version: u64 },
+    /// A new root lacks something, named in words.
+    RootWaits { version: u64, lacks: String },
 }
 
 impl fmt::Display for Outcome {
@@ -140,6 +174,15 @@ impl fmt::Display for Outcome {
             Self::Waits { release, version, lacks } => {
                 writeln!(f, "{release} (version {version}) waits: {lacks}")
             }
+            Self::Refreshed { until, targets_until, .. } => {
+                let [until, targets_until] = [*until, *targets_until].map(crate::date::iso8601);
+                writeln!(
+                    f,
+                    "fetched until {until}; the list of targets needs its signers before {targets_until}"
+                )
+            }
+            Self::Root { version } => writeln!(f, "root {version} is published"),
+            Self::RootWaits { version, lacks } => writeln!(f, "root {version} waits: {lacks}"),
         }
     }
 }
@@ -155,21 +198,7 @@ fn init_inner(keys: &Path, repository: &Path, days: u32) -> Result<Digest, Publi
     files::make_directory(keys)?;
     std::fs::set_permissions(keys, std::fs::Permissions::from_mode(0o700))
         .map_err(FileError::at("protect", keys))?;
-    let make = |name: &str| {
-        let key = SecretKey::generate().map_err(PublishError::NewKey)?;
-        let path = keys.join(format!("{name}{KEY_SUFFIX}"));
-        if path.exists() {
-            return Err(PublishError::KeyExists(path));
-        }
-        let write = || {
-            let mut file =
-                std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-            std::io::Write::write_all(&mut file, key.to_pkcs8())?;
-            file.sync_all()
-        };
-        write().map_err(FileError::at("write", &path))?;
-        Ok(key)
-    };
+    let make = |name: &str| new_key(&keys.join(format!("{name}{KEY_SUFFIX}")));
     let root = ROOT_KEYS.map(make).into_iter().collect::<Result<Vec<_>, _>>()?;
     let targets = TARGETS_KEYS.map(make).into_iter().collect::<Result<Vec<_>, _>>()?;
     let (snapshot, timestamp) = (make("snapshot")?, make("timestamp")?);
@@ -183,9 +212,29 @@ fn init_inner(keys: &Path, repository: &Path, days: u32) -> Result<Digest, Publi
         timestamp: timestamp.public(),
     };
     let signers = root.iter().map(Signer::new).collect::<Result<Vec<_>, _>>()?;
-    let first = new_root(NonZeroU64::MIN, &staff, after(days)?, &signers.iter().collect::<Vec<_>>())?;
+    let first = kontor_repository::new_root(
+        NonZeroU64::MIN,
+        &staff,
+        after(days)?,
+        &signers.iter().collect::<Vec<_>>(),
+    )?;
     Repository::create(repository, &first)?;
     Ok(Digest::of(&first))
+}
+
+/// Makes a key, readable by its owner only.
+fn new_key(path: &Path) -> Result<SecretKey, PublishError> {
+    let key = SecretKey::generate().map_err(PublishError::NewKey)?;
+    if path.exists() {
+        return Err(PublishError::KeyExists(path.into()));
+    }
+    let write = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        std::io::Write::write_all(&mut file, key.to_pkcs8())?;
+        file.sync_all()
+    };
+    write().map_err(FileError::at("write", path))?;
+    Ok(key)
 }
 
 /// Adds a release to the repository. Where signatures are missing it waits there for [`cosign`].
@@ -218,6 +267,7 @@ fn cosign_inner(request: &Request<'_>) -> Result<Outcome, PublishError> {
     let signers = signers(request.keys)?;
     let repository = Repository::open(request.repository)?;
     let draft = repository.pending()?.ok_or_else(|| PublishError::NothingWaits(request.repository.into()))?;
+    check_draft(&draft, &repository, request.days)?;
     let own = release.targets(&repository)?;
     let waiting = draft.targets().map_err(PublishError::Waiting)?;
     let words = |target: Option<&Target>| target.map_or("nothing".to_owned(), |t| t.sha256.to_string());
@@ -229,6 +279,20 @@ fn cosign_inner(request: &Request<'_>) -> Result<Outcome, PublishError> {
         }
     }
     finish(&release, &repository, draft, &signers, request.days)
+}
+
+/// Whether the list that the first signer began is the next one, and lives no longer than the second one wants.
+fn check_draft(draft: &Draft, repository: &Repository, days: Days) -> Result<(), PublishError> {
+    let next = repository.current().map_or(0, |current| current.versions().targets).saturating_add(1);
+    if draft.version() != next {
+        return Err(PublishError::OtherVersion { found: draft.version(), expected: next });
+    }
+    let most = after(days.targets)?.saturating_add(CLOCKS_APART_S);
+    if draft.expires() > most {
+        let (found, most) = (crate::date::iso8601(draft.expires()), crate::date::iso8601(most));
+        return Err(PublishError::TooLong { found, most });
+    }
+    Ok(())
 }
 
 /// Adds signatures, and publishes once there are enough.
@@ -368,6 +432,8 @@ fn after(days: u32) -> Result<u64, PublishError> {
     Ok(now.as_secs() + u64::from(days) * crate::date::DAY)
 }
 
+/// How far the clock of who signs first may be ahead.
+const CLOCKS_APART_S: u64 = crate::date::DAY;
 /// Three persons of whom two make a root.
 const ROOT_KEYS: [&str; 3] = ["root-1", "root-2", "root-3"];
 /// Those who vouch for a release: who built it, and who built it again.
@@ -378,19 +444,23 @@ const KEY_SUFFIX: &str = ".key";
 /// Most bytes of a key file.
 const MAX_KEY: u64 = 4096;
 
+mod upkeep;
+
+pub(crate) use upkeep::{RootRequest, key, new_root, refresh};
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::sign::tests as fixture;
     use kontor_repository::{METADATA, TARGETS};
     use std::fs;
 
-    struct Scene {
+    pub(crate) struct Scene {
         dir: tempfile::TempDir,
     }
 
     impl Scene {
-        fn new() -> Self {
+        pub(crate) fn new() -> Self {
             let scene = Self { dir: tempfile::tempdir().unwrap() };
             fixture::image(&scene.path("image"));
             fixture::tenant(&scene.path("tenant"));
@@ -399,15 +469,15 @@ mod tests {
             scene
         }
 
-        fn path(&self, name: &str) -> PathBuf {
+        pub(crate) fn path(&self, name: &str) -> PathBuf {
             self.dir.path().join(name)
         }
 
-        fn sign(&self, version: u64) {
+        pub(crate) fn sign(&self, version: u64) {
             sign::sign(&self.path("image"), &self.path("tenant"), version, &self.path("release")).unwrap();
         }
 
-        fn with(
+        pub(crate) fn with(
             &self,
             verb: fn(&Request<'_>) -> Result<Outcome, Failure>,
             keys: &[&str],
@@ -422,19 +492,19 @@ mod tests {
             })
         }
 
-        fn publish(&self) -> Result<Outcome, Failure> {
+        pub(crate) fn publish(&self) -> Result<Outcome, Failure> {
             self.with(publish, &["keys"])
         }
 
-        fn waits(&self) -> bool {
+        pub(crate) fn waits(&self) -> bool {
             self.path("repo/pending.targets.json").exists()
         }
 
-        fn timestamp(&self) -> Option<Vec<u8>> {
+        pub(crate) fn timestamp(&self) -> Option<Vec<u8>> {
             fs::read(self.path("repo/metadata/timestamp.json")).ok()
         }
 
-        fn refused(&self, outcome: Result<Outcome, Failure>) -> PublishError {
+        pub(crate) fn refused(&self, outcome: Result<Outcome, Failure>) -> PublishError {
             let failure = outcome.unwrap_err();
             let Failure::Publish(error) = failure else { panic!("{failure}") };
             error
@@ -540,6 +610,34 @@ mod tests {
         );
         assert_eq!(error.exit(), Exit::NotVerified);
         assert!(scene.waits() && scene.timestamp().is_none());
+    }
+
+    #[test]
+    fn list_that_lives_too_long_or_skips_versions_is_not_cosigned() {
+        let scene = Scene::new();
+        scene.with(publish, &[CI]).unwrap();
+        let repository = Repository::open(&scene.path("repo")).unwrap();
+        let targets = repository.pending().unwrap().unwrap().targets().unwrap();
+        drop(repository);
+        let wait = |expires: u64| {
+            let repository = Repository::open(&scene.path("repo")).unwrap();
+            let mut draft = Draft::new(repository.current(), &targets, expires).unwrap();
+            let ci = signers(&[scene.path(CI)]).unwrap();
+            draft.sign(repository.root(), &ci.iter().collect::<Vec<_>>()).unwrap();
+            repository.wait(&draft.to_bytes().unwrap()).unwrap();
+        };
+        wait(after(2).unwrap() + 60);
+        let error = scene.refused(scene.with(cosign, &REBUILDER));
+        assert!(matches!(error, PublishError::TooLong { .. }), "{error}");
+        assert_eq!(error.exit(), Exit::NotVerified);
+        let path = scene.path("repo/pending.targets.json");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replacen("\"version\": 1", "\"version\": 9", 1)).unwrap();
+        let error = scene.refused(scene.with(cosign, &REBUILDER));
+        assert!(matches!(error, PublishError::OtherVersion { found: 9, expected: 1 }), "{error}");
+        // The second one wants a day, and clocks may differ by another.
+        wait(after(2).unwrap() - 60);
+        assert!(matches!(scene.with(cosign, &REBUILDER).unwrap(), Outcome::Published { .. }));
     }
 
     #[test]

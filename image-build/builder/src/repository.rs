@@ -10,8 +10,9 @@ use crate::{
 };
 use kontor_release::Digest;
 use kontor_repository::{
-    Draft, MAX_ROLE, METADATA, MetadataError, RoleError, Sealed, TARGETS, TIMESTAMP, Target, TrustedRoot,
-    Verified, gather, root_file, snapshot_file, target_file, targets_file, verify,
+    Draft, MAX_ROLE, METADATA, Metadata, MetadataError, RoleError, RootDraft, Sealed, SignError, TARGETS,
+    TIMESTAMP, Target, TrustedRoot, Verified, gather, root_file, snapshot_file, target_file, targets_file,
+    verify,
 };
 use rustix::fs::{FlockOperation, flock};
 use std::{
@@ -32,8 +33,10 @@ pub(crate) enum RepositoryError {
     Metadata(PathBuf, #[source] MetadataError),
     #[error("{0} is not what the repository's metadata says: it has {1}")]
     Target(PathBuf, Digest),
-    #[error("the waiting list of targets {0}")]
+    #[error("what waits in {0}")]
     Pending(PathBuf, #[source] RoleError),
+    #[error("write the root")]
+    Root(#[source] SignError),
 }
 
 impl RepositoryError {
@@ -42,6 +45,7 @@ impl RepositoryError {
             Self::File(error) => error.exit(),
             Self::None(_) | Self::Exists(_) => Exit::Usage,
             Self::Metadata(..) | Self::Target(..) | Self::Pending(..) => Exit::NotVerified,
+            Self::Root(_) => Exit::Bug,
         }
     }
 }
@@ -94,7 +98,7 @@ impl Repository {
         let root = TrustedRoot::follow(&stored.roots, &pin).map_err(failed)?;
         let current = match stored.timestamp.is_empty() {
             true => None,
-            false => Some(verify(&stored, &pin).map_err(failed)?),
+            false => Some(current(stored, &pin).map_err(failed)?),
         };
         Ok(Self { dir: dir.into(), root, current, lock })
     }
@@ -143,19 +147,49 @@ impl Repository {
         Ok(files::replace(&self.dir.join(TARGETS).join(target_file(name, &Digest::of(bytes))), bytes)?)
     }
 
-    /// Makes `sealed` what readers see.
+    /// The list of targets that is published, as it is.
+    pub(crate) fn published(&self, current: &Verified) -> Result<Vec<u8>, RepositoryError> {
+        let path = self.dir.join(METADATA).join(targets_file(current.versions().targets));
+        Ok(files::read(&path, MAX_ROLE as u64)?)
+    }
+
+    /// Makes `sealed` what readers see, and what waited for signatures settled.
     pub(crate) fn publish(&self, sealed: &Sealed) -> Result<(), RepositoryError> {
+        self.refresh(sealed)?;
+        remove(&self.dir.join(PENDING))
+    }
+
+    /// Makes `sealed` what readers see; what waits for signatures goes on waiting.
+    pub(crate) fn refresh(&self, sealed: &Sealed) -> Result<(), RepositoryError> {
         let metadata = self.dir.join(METADATA);
         let targets = self.dir.join(TARGETS);
         File::open(&targets).and_then(|dir| dir.sync_all()).map_err(FileError::at("flush", &targets))?;
         files::replace(&metadata.join(targets_file(sealed.targets.0)), &sealed.targets.1)?;
         files::replace(&metadata.join(snapshot_file(sealed.snapshot.0)), &sealed.snapshot.1)?;
-        files::replace(&metadata.join(TIMESTAMP), &sealed.timestamp)?;
-        let pending = self.dir.join(PENDING);
-        if pending.exists() {
-            std::fs::remove_file(&pending).map_err(FileError::at("remove", &pending))?;
+        Ok(files::replace(&metadata.join(TIMESTAMP), &sealed.timestamp)?)
+    }
+
+    /// Lets readers follow a new root.
+    pub(crate) fn add_root(&self, root: &RootDraft) -> Result<(), RepositoryError> {
+        let bytes = root.to_bytes().map_err(RepositoryError::Root)?;
+        files::replace(&self.dir.join(METADATA).join(root_file(root.version())), &bytes)?;
+        remove(&self.dir.join(PENDING_ROOT))
+    }
+
+    /// The root that waits for signatures.
+    pub(crate) fn pending_root(&self) -> Result<Option<RootDraft>, RepositoryError> {
+        let path = self.dir.join(PENDING_ROOT);
+        if !path.exists() {
+            return Ok(None);
         }
-        Ok(())
+        let bytes = files::read(&path, MAX_ROLE as u64)?;
+        RootDraft::parse(&bytes).map(Some).map_err(|error| RepositoryError::Pending(path, error))
+    }
+
+    /// Lets a root wait for signatures.
+    pub(crate) fn wait_root(&self, root: &RootDraft) -> Result<(), RepositoryError> {
+        let bytes = root.to_bytes().map_err(RepositoryError::Root)?;
+        Ok(files::replace(&self.dir.join(PENDING_ROOT), &bytes)?)
     }
 
     /// The list of targets that waits for signatures.
@@ -174,7 +208,31 @@ impl Repository {
     }
 }
 
+/// What is published. Under a new root the older signatures may not be enough any more, which is for the next
+/// signers to mend: then it counts as it did under the root before.
+fn current(mut stored: Metadata, pin: &Digest) -> Result<Verified, MetadataError> {
+    let newest = verify(&stored, pin);
+    while newest.is_err() && stored.roots.len() > 1 {
+        stored.roots.pop();
+        if let Ok(older) = verify(&stored, pin) {
+            return Ok(older);
+        }
+    }
+    newest
+}
+
+fn remove(path: &Path) -> Result<(), RepositoryError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(FileError::at("remove", path)(error).into())
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Held while the repository changes.
 const LOCK: &str = ".lock";
+/// A root that lacks signatures.
+const PENDING_ROOT: &str = "pending.root.json";
 /// A list of targets that lacks signatures.
 const PENDING: &str = "pending.targets.json";

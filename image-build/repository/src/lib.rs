@@ -24,7 +24,7 @@ pub use layout::{
     MANIFEST_SUFFIX, METADATA, TARGETS, TIMESTAMP, keyset_target, manifest_target, piece_target, root_file,
     snapshot_file, target_file, targets_file,
 };
-pub use sign::{Draft, Sealed, SignError, Signer, Staff, new_root, seal};
+pub use sign::{Draft, RootDraft, Sealed, SignError, Signer, Staff, new_root, refresh, seal};
 pub use verify::{
     MAX_ROLE, MAX_ROOTS, Metadata, MetadataError, RoleError, Target, TrustedRoot, Verified, Versions, gather,
     verify,

@@ -1,6 +1,6 @@
 //! Making metadata: roots, lists of targets, and what names the newest of them.
 
-use crate::verify::{RoleError, Target, TrustedRoot, Verified, has_signatures, list, parse};
+use crate::verify::{RoleError, Target, TrustedRoot, Verified, has_signatures, list, next_root, parse};
 use jiff::Timestamp as Time;
 use kontor_release::Digest;
 use kontor_trust::{PublicKey, SecretKey};
@@ -32,9 +32,14 @@ pub enum SignError {
     /// A time that no calendar has.
     #[error("{0} seconds after 1970 is no time")]
     Time(u64),
-    /// A threshold of nobody.
-    #[error("a role needs at least one signature")]
-    Threshold,
+    /// A threshold of nobody, or of more than there are.
+    #[error("a role of {keys} keys cannot need {threshold} signatures")]
+    Threshold {
+        /// Keys of the role.
+        keys: usize,
+        /// How many of them shall sign.
+        threshold: u64,
+    },
     /// A version above every other.
     #[error("there is no version after {0}")]
     Version(u64),
@@ -86,6 +91,10 @@ pub struct Staff {
 #[derive(Debug, Clone)]
 pub struct Draft(Signed<Targets>);
 
+/// A root that may still lack signatures.
+#[derive(Debug, Clone)]
+pub struct RootDraft(Signed<Root>);
+
 /// A finished state of the repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sealed {
@@ -132,15 +141,26 @@ pub fn new_root(
     expires: u64,
     signers: &[&Signer],
 ) -> Result<Vec<u8>, SignError> {
+    bytes(&signed_root(version, staff, expires, signers)?)
+}
+
+fn signed_root(
+    version: NonZeroU64,
+    staff: &Staff,
+    expires: u64,
+    signers: &[&Signer],
+) -> Result<Signed<Root>, SignError> {
     let mut keys = HashMap::new();
     let mut role = |public: &[PublicKey], threshold: u64| {
+        let short = SignError::Threshold { keys: public.len(), threshold };
         let keyids = public.iter().map(|public| {
             let (key, id) = key(public)?;
             keys.insert(id.clone(), key);
             Ok(id)
         });
         let keyids = keyids.collect::<Result<_, SignError>>()?;
-        let threshold = NonZeroU64::new(threshold).ok_or(SignError::Threshold)?;
+        let possible = usize::try_from(threshold).is_ok_and(|threshold| threshold <= public.len());
+        let threshold = NonZeroU64::new(threshold).filter(|_| possible).ok_or(short)?;
         Ok::<_, SignError>(RoleKeys { keyids, threshold, _extra: HashMap::new() })
     };
     let roles = HashMap::from([
@@ -159,7 +179,78 @@ pub fn new_root(
         _extra: HashMap::new(),
     };
     let signatures = signers.iter().map(|signer| signer.sign(&root)).collect::<Result<_, _>>()?;
-    bytes(&Signed { signed: root, signatures })
+    Ok(Signed { signed: root, signatures })
+}
+
+impl RootDraft {
+    /// The root that follows `previous`, without a signature.
+    ///
+    /// # Errors
+    /// [`SignError`] when the time is none, or a role could never sign.
+    pub fn new(previous: &TrustedRoot, staff: &Staff, expires: u64) -> Result<Self, SignError> {
+        signed_root(after(previous.version())?, staff, expires, &[]).map(Self)
+    }
+
+    /// Reads a root that somebody else began.
+    ///
+    /// # Errors
+    /// [`RoleError`] when it is none.
+    pub fn parse(untrusted: &[u8]) -> Result<Self, RoleError> {
+        parse(untrusted).map(Self)
+    }
+
+    /// Adds the signatures of those among `signers` who are root in `previous` or in this one, and did not sign yet.
+    /// Returns how many that were.
+    ///
+    /// # Errors
+    /// [`SignError`].
+    pub fn sign(&mut self, previous: &TrustedRoot, signers: &[&Signer]) -> Result<usize, SignError> {
+        let before = self.0.signatures.len();
+        for signer in signers {
+            let own = self.0.signed.keys(RoleType::Root).any(|key| *key == signer.key);
+            let signed = self.0.signatures.iter().any(|signature| signature.keyid == signer.id);
+            if (own || signer.is_in(previous, RoleType::Root)) && !signed {
+                let signature = signer.sign(&self.0.signed)?;
+                self.0.signatures.push(signature);
+            }
+        }
+        Ok(self.0.signatures.len() - before)
+    }
+
+    /// Whether enough of the root keys of `previous`, and enough of its own, signed it.
+    ///
+    /// # Errors
+    /// [`RoleError`] says what is wrong or missing.
+    pub fn check(&self, previous: &TrustedRoot) -> Result<(), RoleError> {
+        let own = serde_json::to_vec(&self.0).map_err(RoleError::Parse)?;
+        next_root(&previous.root, &own).map(|_| ())
+    }
+
+    /// As it is written.
+    ///
+    /// # Errors
+    /// [`SignError::Write`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, SignError> {
+        bytes(&self.0)
+    }
+
+    /// Its version.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.0.signed.version.get()
+    }
+
+    /// Who signs under it; `None` where a role has no key.
+    #[must_use]
+    pub fn staff(&self) -> Option<Staff> {
+        TrustedRoot { root: self.0.signed.clone() }.staff()
+    }
+
+    /// Until when it may be fetched, in Unix seconds.
+    #[must_use]
+    pub fn expires(&self) -> u64 {
+        unix(self.0.signed.expires)
+    }
 }
 
 impl Draft {
@@ -203,6 +294,12 @@ impl Draft {
     #[must_use]
     pub fn version(&self) -> u64 {
         self.0.signed.version.get()
+    }
+
+    /// Until when it may be fetched, in Unix seconds.
+    #[must_use]
+    pub fn expires(&self) -> u64 {
+        unix(self.0.signed.expires)
     }
 
     /// What it names.
@@ -268,6 +365,34 @@ pub fn seal(
     let timestamp =
         timestamp_of(root, after(last_timestamp)?, snapshot_version, &snapshot, expires, signers)?;
     Ok(Sealed { targets, snapshot: (snapshot_version.get(), snapshot), timestamp })
+}
+
+/// Makes the published list of targets fetchable for longer: a new snapshot that names it, and the timestamp that
+/// names that. `targets` is the list as published, of the state `previous`.
+///
+/// # Errors
+/// [`SignError::Role`] when it is another list, when the root no longer trusts its signers, or when a signature is
+/// missing.
+pub fn refresh(
+    root: &TrustedRoot,
+    targets: &[u8],
+    previous: &Verified,
+    expires: u64,
+    signers: &[&Signer],
+) -> Result<Sealed, SignError> {
+    let wrong = |error| SignError::Role("the list of targets", error);
+    let draft = Draft::parse(targets).map_err(wrong)?;
+    draft.check(root).map_err(wrong)?;
+    let (versions, found) = (previous.versions(), draft.version());
+    if found != versions.targets {
+        return Err(wrong(RoleError::Version { found, expected: versions.targets }));
+    }
+    let snapshot_version = after(versions.snapshot)?;
+    let targets_version = draft.0.signed.version;
+    let snapshot = snapshot_of(root, snapshot_version, targets_version, targets, expires, signers)?;
+    let timestamp =
+        timestamp_of(root, after(versions.timestamp)?, snapshot_version, &snapshot, expires, signers)?;
+    Ok(Sealed { targets: (found, targets.to_vec()), snapshot: (snapshot_version.get(), snapshot), timestamp })
 }
 
 /// The snapshot that names `targets`.
@@ -353,6 +478,10 @@ fn after(version: u64) -> Result<NonZeroU64, SignError> {
 fn time(unix: u64) -> Result<Time, SignError> {
     let seconds = i64::try_from(unix).map_err(|_| SignError::Time(unix))?;
     Time::from_second(seconds).map_err(|_| SignError::Time(unix))
+}
+
+fn unix(time: Time) -> u64 {
+    u64::try_from(time.as_second()).unwrap_or_default()
 }
 
 fn bytes<T: Serialize>(role: &Signed<T>) -> Result<Vec<u8>, SignError> {

@@ -345,3 +345,62 @@ fn metadata_is_gathered_as_it_was_written_out() {
     let Ok(nothing) = gather(|_| Ok::<_, Infallible>(None));
     assert_eq!(nothing, Metadata::default());
 }
+
+#[test]
+fn refreshed_list_is_the_same_under_newer_names() {
+    let company = Company::new();
+    let metadata = company.metadata();
+    let root = company.trusted(&metadata.roots);
+    let previous = verify(&metadata, &company.pin()).unwrap();
+    let daily = [&company.snapshot, &company.timestamp];
+    let sealed = refresh(&root, &metadata.targets, &previous, EXPIRES, &daily).unwrap();
+    assert_eq!(sealed.targets, (1, metadata.targets.clone()));
+    let (snapshot, timestamp) = (sealed.snapshot.1, sealed.timestamp);
+    let next = Metadata { snapshot, timestamp, ..metadata.clone() };
+    let next = verify(&next, &company.pin()).unwrap();
+    assert_eq!(next.versions(), Versions { root: 1, timestamp: 2, snapshot: 2, targets: 1 });
+    // Neither without one of the keys, nor for another list than the one that is out.
+    for signers in [&daily[..1], &daily[1..]] {
+        assert!(refresh(&root, &metadata.targets, &previous, EXPIRES, signers).is_err());
+    }
+    let other = company.after(Some(&previous), metadata.roots.clone());
+    let error = refresh(&root, &other.targets, &previous, EXPIRES, &daily).unwrap_err();
+    assert!(matches!(error, SignError::Role(_, RoleError::Version { found: 2, expected: 1 })), "{error}");
+}
+
+#[test]
+fn next_root_waits_until_the_old_and_the_new_persons_signed_it() {
+    let company = Company::new();
+    let old = company.trusted(std::slice::from_ref(&company.first));
+    let ([d, e], timestamp) = ([(); 2].map(|()| signer()), signer());
+    let mut staff = old.staff().unwrap();
+    assert_eq!(staff, company.staff);
+    staff.root = vec![staff.root[2], d.1, e.1];
+    staff.timestamp = timestamp.1;
+    let mut draft = RootDraft::new(&old, &staff, EXPIRES).unwrap();
+    assert_eq!((draft.version(), draft.expires(), draft.staff().as_ref()), (2, EXPIRES, Some(&staff)));
+    // Two of the old, of whom one stays, are not two of the new.
+    assert_eq!(draft.sign(&old, &[&company.root[0], &company.root[2], &company.snapshot]).unwrap(), 2);
+    assert!(matches!(draft.check(&old), Err(RoleError::Signatures(_))));
+    let mut draft = RootDraft::parse(&draft.to_bytes().unwrap()).unwrap();
+    assert_eq!(draft.sign(&old, &[&company.root[0], &d.0]).unwrap(), 1);
+    draft.check(&old).unwrap();
+    let roots = [company.first.clone(), draft.to_bytes().unwrap()];
+    assert_eq!(company.trusted(&roots).staff(), Some(staff));
+    // The new alone are not enough.
+    let mut draft = RootDraft::new(&old, &company.staff, EXPIRES).unwrap();
+    draft.sign(&old, &[&company.root[0]]).unwrap();
+    assert!(draft.check(&old).is_err());
+}
+
+#[test]
+fn root_that_could_never_sign_is_not_made() {
+    let company = Company::new();
+    let old = company.trusted(std::slice::from_ref(&company.first));
+    let [first, second, _] = company.staff.root[..] else { panic!() };
+    for (root, root_threshold) in [(vec![first], 2), (vec![first, second], 0)] {
+        let staff = Staff { root, root_threshold, ..company.staff.clone() };
+        let error = RootDraft::new(&old, &staff, EXPIRES).unwrap_err();
+        assert!(matches!(error, SignError::Threshold { .. }), "{error}");
+    }
+}

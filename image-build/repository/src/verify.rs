@@ -1,7 +1,9 @@
 //! Verification of metadata at rest: from the pinned hash of the first root to the list of targets.
 
 use crate::layout::{TIMESTAMP, root_file, snapshot_file, targets_file};
+use crate::sign::Staff;
 use kontor_release::Digest;
+use kontor_trust::PublicKey;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::{BTreeMap, BTreeSet};
 use tough::schema::{Metafile, Role, RoleType, Root, Signed, Snapshot, Targets, Timestamp, key::Key};
@@ -171,6 +173,27 @@ impl TrustedRoot {
     pub fn version(&self) -> u64 {
         self.root.version.get()
     }
+
+    /// Who signs under it; `None` where a role has no key.
+    #[must_use]
+    pub fn staff(&self) -> Option<Staff> {
+        let keys = |role| -> Vec<PublicKey> { self.root.keys(role).filter_map(public_key).collect() };
+        let threshold = |role| self.root.roles.get(&role).map(|keys| keys.threshold.get());
+        Some(Staff {
+            root: keys(RoleType::Root),
+            root_threshold: threshold(RoleType::Root)?,
+            targets: keys(RoleType::Targets),
+            targets_threshold: threshold(RoleType::Targets)?,
+            snapshot: *keys(RoleType::Snapshot).first()?,
+            timestamp: *keys(RoleType::Timestamp).first()?,
+        })
+    }
+}
+
+/// Of the one kind that [`usable`] lets pass.
+fn public_key(key: &Key) -> Option<PublicKey> {
+    let Key::Ed25519 { keyval, .. } = key else { return None };
+    keyval.public.to_vec().try_into().ok().map(PublicKey)
 }
 
 impl Verified {
@@ -316,7 +339,7 @@ fn first_root(bytes: &[u8]) -> Result<Root, RoleError> {
     usable(root.signed)
 }
 
-fn next_root(last: &Root, untrusted: &[u8]) -> Result<Root, RoleError> {
+pub(crate) fn next_root(last: &Root, untrusted: &[u8]) -> Result<Root, RoleError> {
     let next: Signed<Root> = parse(untrusted)?;
     has_signatures(last, &next)?;
     has_signatures(&next.signed, &next)?;

@@ -4,6 +4,7 @@
 //! host → control    a request's envelope
 //! control → host    {"lease": {"keysets": [base64], "device": …, "bundle": …, "lease": …}} newline
 //!                   or {"refused": words} newline
+//!                   or {"revoked": {"keysets": [base64], "device": …}} newline
 //! ```
 
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
     config::Config,
     store::{Chain, Store, StoreError},
 };
-use kontor_bundle::lease::Parts;
+use kontor_bundle::lease::{Notice, Parts};
 use kontor_control::{IssueError, Issued, Office, OfficeFault, Pool, Rates, Refusal};
 use kontor_trust::{PublicKey, SecretKey, untrusted_device};
 use serde::Serialize;
@@ -45,6 +46,7 @@ pub(crate) enum AnswerError {
 enum Answer {
     Lease(Parts),
     Refused(String),
+    Revoked(Notice),
 }
 
 /// Answers requests from a directory.
@@ -97,6 +99,10 @@ impl Desk {
                 tracing::info!(%peer, "refused: {}", chain(&refusal));
                 Answer::Refused(chain(&refusal))
             }
+            Err(Failure::Revoked(notice)) => {
+                tracing::info!(%peer, "refused: {}", Refusal::Revoked);
+                Answer::Revoked(notice)
+            }
             Err(Failure::Answer(error)) => return Err(error),
         };
         let mut line = serde_json::to_vec(&answer).expect("text serializes");
@@ -114,6 +120,7 @@ impl Desk {
 
 enum Failure {
     Refused(Refusal),
+    Revoked(Notice),
     Answer(AnswerError),
 }
 
@@ -177,7 +184,13 @@ fn issue(
     let papers = Papers::read(&store)?;
     let pools = papers.config.pools();
     let office = papers.office(&pools);
-    let who = office.identify(peer, request, &record)?;
+    let who = match office.identify(peer, request, &record) {
+        // The host stops at once if the enrol role says so, and not on control's word alone.
+        Err(IssueError::Refused(Refusal::Revoked)) => {
+            return Err(Failure::Revoked(Notice { keysets: office.links().to_vec(), device: record }));
+        }
+        who => who?,
+    };
     let wait = |wait: Duration| Refusal::TooOften(wait.as_secs() + 1);
     rates.take(&who.device().device, since.elapsed()).map_err(wait)?;
     let bundle = store.bundle(&who.device().line)?.ok_or(Refusal::NoBundle)?;

@@ -285,7 +285,8 @@ impl Office<'_> {
 
     /// The newest keysets, as many as an answer carries. They are the same for everybody, because guest,
     /// host and gateway each start from a keyset of their own.
-    fn links(&self) -> &[Vec<u8>] {
+    #[must_use]
+    pub fn links(&self) -> &[Vec<u8>] {
         &self.chain[self.chain.len().saturating_sub(MAX_KEYSETS)..]
     }
 

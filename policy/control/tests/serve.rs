@@ -2,7 +2,7 @@
 
 use kontor_bundle::{
     Access, Bundle, Gateway, Settings,
-    lease::{Admit, GatewayMemory, HostMemory, OwnGateway, Parts, for_gateway, for_host},
+    lease::{Admit, GatewayMemory, HostMemory, Notice, OwnGateway, Parts, for_gateway, for_host},
 };
 use kontor_trust::{
     BundleKind, Device, DeviceKind, DeviceState, Digest, Keyset, KeysetKind, MAX_ENVELOPE, Member, Request,
@@ -36,6 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 enum Answer {
     Lease(Parts),
     Refused(String),
+    Revoked(Notice),
 }
 
 #[derive(Deserialize)]
@@ -306,7 +307,7 @@ fn ask(line: &mut Line, request: &[u8]) -> Answer {
 fn refusal(answer: Answer) -> String {
     match answer {
         Answer::Refused(words) => words,
-        Answer::Lease(_) => panic!("a lease"),
+        Answer::Lease(_) | Answer::Revoked(_) => panic!("no refusal"),
     }
 }
 
@@ -314,6 +315,7 @@ fn lease(answer: Answer) -> Parts {
     match answer {
         Answer::Lease(parts) => parts,
         Answer::Refused(words) => panic!("refused: {words}"),
+        Answer::Revoked(_) => panic!("revoked"),
     }
 }
 
@@ -601,7 +603,11 @@ fn revoked_device_and_line_without_policy_are_refused() {
     let office = Office::new();
     let control = office.serve();
     office.enrol("laptop-7", DeviceState::Revoked);
-    assert_eq!(office.refusal(&control, &office.request("laptop-7", 5)), "the device is revoked");
+    let Answer::Revoked(notice) = office.answer(&control, &office.request("laptop-7", 5)) else {
+        panic!("not revoked")
+    };
+    let record = office.keyset.follow(&notice.keysets).unwrap().verify(&notice.device).unwrap();
+    assert_eq!(Device::parse(&record).unwrap().state, DeviceState::Revoked);
     office.enrol("laptop-7", DeviceState::Active);
     fs::remove_file(office.path("bundles/sales.json")).unwrap();
     assert!(office.refusal(&control, &office.request("laptop-7", 5)).contains("no policy"));

@@ -4,12 +4,12 @@ use crate::{
     config::{Config, ConfigError},
     console, doctor,
     exit::{Exit, chain},
-    host::{Accelerator, unix_now},
+    host::{Accelerator, KvmVerdict, Trial, unix_now, uptime_s},
     lease::{Asker, Running},
     office::HttpsOffice,
     qemu,
     session::Times,
-    slots::{self, SlotError},
+    slots::{self, Ready, SlotError},
     status::{Failure, State, Status},
     store::{Store, StoreError},
     verbs::{Answer, Answers, Done, Request},
@@ -252,15 +252,35 @@ impl Daemon {
         planning.await.map_err(|error| VmError::Channels(io::Error::other(error)))?
     }
 
-    /// Whether KVM runs a guest. Tried once in each boot of the host.
+    /// Whether KVM runs a guest. Tried once in each boot of the host, and again after a while if nothing
+    /// came of it.
     async fn kvm_works(&self, plan: &Plan) -> Result<bool, StartError> {
-        if let Some(verdict) = self.store.kvm_verdict() {
-            return Ok(verdict);
-        }
-        let verdict = vm::kvm_runs_a_guest(&plan.qemu, &plan.ready).await?;
-        tracing::info!(verdict, "KVM was tried with a guest");
+        let known = self.store.kvm_verdict().filter(|verdict| verdict.stands(uptime_s()));
+        let trial = match known {
+            Some(verdict) => verdict.trial,
+            None => self.try_kvm(&plan.ready).await?,
+        };
+        Ok(trial == Trial::Works)
+    }
+
+    async fn try_kvm(&self, ready: &Ready) -> Result<Trial, StartError> {
+        let trial = vm::kvm_runs_a_guest(&self.config.qemu, ready).await?;
+        tracing::info!(?trial, "KVM was tried with a guest");
+        let verdict = KvmVerdict::after(self.store.kvm_verdict(), trial, uptime_s());
         self.store.remember_kvm_verdict(verdict)?;
-        Ok(verdict)
+        Ok(trial)
+    }
+
+    /// For the doctor: tries KVM unless it is known to work, or a machine runs, which the trial would compete with.
+    pub(crate) async fn try_kvm_again(&self) -> Result<(), StartError> {
+        let known = self.store.kvm_verdict().is_some_and(|verdict| verdict.trial == Trial::Works);
+        if known || self.is_alive().await || Accelerator::best(&self.config.kvm).is_emulation() {
+            return Ok(());
+        }
+        let (config, store) = (self.config.clone(), self.store.clone());
+        let opening = tokio::task::spawn_blocking(move || slots::open(&store, &config.release_root));
+        let ready = opening.await.map_err(|error| VmError::Channels(io::Error::other(error)))??;
+        self.try_kvm(&ready).await.map(|_| ())
     }
 
     /// The machine that was started last.
@@ -269,6 +289,11 @@ impl Daemon {
             Life::Machine { machine, .. } => Some(machine.clone()),
             Life::Idle | Life::Closing => None,
         }
+    }
+
+    /// Whether a machine runs, or is about to.
+    pub(crate) async fn is_alive(&self) -> bool {
+        self.last().await.is_some_and(|machine| machine.status.borrow().is_alive())
     }
 
     async fn stop(&self) -> Done {

@@ -42,7 +42,7 @@ use url::Url;
 /// Most releases, one for each profile, that a repository may offer.
 const MAX_OFFERED: usize = 64;
 /// How far the clock may be behind the last lease: local time instead of UTC, and a day on top.
-const CLOCK_SLACK_S: u64 = 2 * 86_400;
+pub(crate) const CLOCK_SLACK_S: u64 = 2 * 86_400;
 /// `tough`'s memory of the latest time.
 const LATEST_TIME: &str = "latest_known_time.json";
 
@@ -215,13 +215,20 @@ impl Offer {
         self.metadata.files(self.verified.versions())
     }
 
+    /// Whether the signed list names just this piece.
+    pub(crate) fn lists(&self, piece: &Piece) -> Result<(), FetchError> {
+        let name = piece_target(&self.manifest.image.profile, piece);
+        let listed = Target { bytes: piece.bytes, sha256: piece.sha256 };
+        if self.verified.target(&name) == Some(listed) {
+            Ok(())
+        } else {
+            Err(FetchError::Unlike(piece.name.clone()))
+        }
+    }
+
     /// Fetches a piece into the directory `to`, under the returned name.
     pub(crate) fn fetch(&self, piece: &Piece, to: &Path) -> Result<PathBuf, FetchError> {
         let name = piece_target(&self.manifest.image.profile, piece);
-        let listed = Target { bytes: piece.bytes, sha256: piece.sha256 };
-        if self.verified.target(&name) != Some(listed) {
-            return Err(FetchError::Unlike(piece.name.clone()));
-        }
         let refused =
             |error| FetchError::Tuf { what: format!("the release's {}", piece.name), error: Box::new(error) };
         let target = TargetName::new(name.as_str()).map_err(refused)?;

@@ -10,7 +10,7 @@ use crate::{
 };
 use kontor_bundle::{
     Bundle,
-    lease::{Checked, LeaseError, Parts, for_host},
+    lease::{Checked, LeaseError, Notice, Parts, for_host},
 };
 use kontor_release::Manifest;
 use kontor_trust::{Digest, Request, RequestKind, Verified, sign, verify_request};
@@ -87,12 +87,21 @@ impl<O: LeaseSource> Asker<O> {
         let parts = match self.office.answer(request.envelope().to_vec()).await {
             Ok(Reply::Lease(parts)) => parts,
             Ok(Reply::Refused(words)) => return Answer::Refused(words),
+            Ok(Reply::Revoked(notice)) => return self.stand_down(&notice),
             Err(error) => return Answer::Unreachable(chain(&error)),
         };
         match self.accept(&request, &parts) {
             Ok(checked) => Answer::Lease(Box::new(grant(parts, &checked))),
             Err(error @ Rejected::Forbidden(_)) => Answer::Forbidden(chain(&error)),
             Err(error @ (Rejected::Lease(_) | Rejected::Store(_))) => Answer::NotVerified(chain(&error)),
+        }
+    }
+
+    /// Whether the enrol role has revoked the device: then nothing of it runs on. Not kept: the office says so again.
+    fn stand_down(&self, notice: &Notice) -> Answer {
+        match self.store.check_revocation(notice) {
+            Ok(()) => Answer::Forbidden(StoreError::Revoked.to_string()),
+            Err(error) => Answer::NotVerified(chain(&error)),
         }
     }
 

@@ -5,6 +5,7 @@
 //! control → kontord    {"lease":{"keysets":[base64 …],"device":base64,   a key that the stored keyset pins
 //!                       "bundle":base64,"lease":base64}}
 //!                      {"refused":"words"}
+//!                      {"revoked":{"keysets":[base64 …],"device":base64}}
 //! ```
 //!
 //! Nothing of the answer is believed here; [`lease`](crate::lease) checks it. Each request has a
@@ -17,7 +18,7 @@ use crate::{
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::{Method, Request, StatusCode, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use kontor_bundle::lease::{MAX_KEYSETS, Parts};
+use kontor_bundle::lease::{MAX_KEYSETS, Notice, Parts};
 use kontor_tls::{SetupError, Stranger, stranger};
 use kontor_trust::MAX_ENVELOPE;
 use rustls::{ClientConfig, pki_types::ServerName};
@@ -99,6 +100,8 @@ pub enum Reply {
     Lease(Parts),
     /// No, in these words.
     Refused(String),
+    /// The device is revoked, says a record that is not yet checked.
+    Revoked(Notice),
 }
 
 /// Why the office says nothing.
@@ -161,14 +164,24 @@ impl HttpsOffice {
     }
 
     async fn ask(&self, request: Vec<u8>) -> Result<Reply, OfficeError> {
-        let pins = self.store.keyset()?.keyset().control_spki.clone();
-        let config = kontor_tls::client(&self.store.host_key()?, &pins)?;
-        let stream = self.secure(self.connect().await?, config).await?;
+        let stream = self.open().await?;
         let (status, body) = self.post(stream, request).await?;
         if status != StatusCode::OK {
             return Err(OfficeError::Status(status));
         }
         parse(&body)
+    }
+
+    /// Whether the office answers, and is the office.
+    pub(crate) async fn reach(&self) -> Result<(), OfficeError> {
+        let opened = timeout(self.patience, self.open()).await.unwrap_or(Err(OfficeError::Late));
+        opened.map(|_| ())
+    }
+
+    async fn open(&self) -> Result<TlsStream<TcpStream>, OfficeError> {
+        let pins = self.store.keyset()?.keyset().control_spki.clone();
+        let config = kontor_tls::client(&self.store.host_key()?, &pins)?;
+        self.secure(self.connect().await?, config).await
     }
 
     async fn connect(&self) -> Result<TcpStream, OfficeError> {
@@ -246,9 +259,11 @@ fn parse(answer: &[u8]) -> Result<Reply, OfficeError> {
     enum Answer {
         Lease(Parts),
         Refused(String),
+        Revoked(Notice),
     }
     match serde_json::from_slice(answer).map_err(OfficeError::Parse)? {
         Answer::Lease(parts) => Ok(Reply::Lease(parts)),
+        Answer::Revoked(notice) => Ok(Reply::Revoked(notice)),
         Answer::Refused(words) => {
             let words: String = words.chars().take(WORDS_MAX).collect();
             Ok(Reply::Refused(clean(words.as_bytes())))

@@ -33,6 +33,8 @@ pub const MAX_BOOT_PIECE: u64 = 256 << 20;
 const INITRD_ALIGN: u64 = 4;
 const COPY_CHUNK: usize = 256 * 1024;
 const SLOT: &str = "A";
+/// A piece on its way from the installed slot.
+const COPY: &str = "copy";
 /// Directory in a slot with the repository's metadata.
 pub const TUF: &str = "tuf";
 
@@ -154,7 +156,7 @@ pub fn install(store: &Store, pin: &Digest, place: &str) -> Result<Manifest, Slo
     let manifest = parse(store, &offer.manifest_bytes)?;
 
     clear(&beside)?;
-    let written = write(&offer, &beside);
+    let written = write(&offer, &slot, &beside);
     if written.is_err() {
         // What does not fit must not stay and keep the disk full.
         clear(&beside)?;
@@ -166,14 +168,18 @@ pub fn install(store: &Store, pin: &Digest, place: &str) -> Result<Manifest, Slo
     Ok(manifest)
 }
 
-/// Writes a whole slot into the directory `to`.
-fn write(offer: &Offer, to: &Path) -> Result<(), SlotError> {
+/// Writes a whole slot into the directory `to`, with what `installed` has of it already.
+fn write(offer: &Offer, installed: &Path, to: &Path) -> Result<(), SlotError> {
     let (arriving, tuf) = (to.join("arriving"), to.join(TUF));
     for dir in [to, &arriving, &tuf] {
         DirBuilder::new().mode(0o700).create(dir).map_err(io_error("make", dir))?;
     }
     for piece in offer.manifest.pieces() {
-        let arrived = offer.fetch(piece, &arriving)?;
+        offer.lists(piece)?;
+        let arrived = match copied(piece, installed, &arriving) {
+            Some(arrived) => arrived,
+            None => offer.fetch(piece, &arriving)?,
+        };
         settle(piece, &arrived, to)?;
     }
     clear(&arriving)?;
@@ -266,6 +272,26 @@ fn settle(piece: &Piece, arrived: &Path, to: &Path) -> Result<(), SlotError> {
     file.sync_all().map_err(failed())?;
     let found = hash(&file, piece.bytes).map_err(failed())?;
     same_hash(piece, found)
+}
+
+/// Copies a piece from the slot `installed` into the directory `to`, if it is there under the same name and has the
+/// same content. Whatever hinders it, a damaged slot or a full disk, the piece can still be fetched, and the
+/// copy is hashed again when it is put in its place.
+fn copied(piece: &Piece, installed: &Path, to: &Path) -> Option<PathBuf> {
+    let mut from = open_piece(piece, installed).ok()?;
+    if hash(&from, piece.bytes).ok()? != piece.sha256 {
+        return None;
+    }
+    from.rewind().ok()?;
+    let path = to.join(COPY);
+    match File::create(&path).and_then(|mut copy| io::copy(&mut from, &mut copy)) {
+        Ok(count) if count == piece.bytes => Some(path),
+        Ok(_) | Err(_) => {
+            // Its room may be needed.
+            let _ = fs::remove_file(&path);
+            None
+        }
+    }
 }
 
 /// Writes a small file into the directory `to`, where none of this name may be.

@@ -23,10 +23,11 @@ mod files;
 pub use error::StoreError;
 pub(crate) use files::{io_error, read, sync_parent};
 
+use crate::host::KvmVerdict;
 use files::replace;
 use kontor_bundle::{
     Bundle,
-    lease::{Checked, HostMemory},
+    lease::{Checked, HostMemory, MAX_KEYSETS, Notice},
 };
 use kontor_trust::{
     BundleKind, Device, DeviceId, DeviceKind, DeviceState, Digest, KeysetError, Line, MAX_ENVELOPE,
@@ -144,9 +145,9 @@ const KVM_VERDICT: &str = "kvm.json";
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct KvmVerdict {
+struct OfBoot {
     boot: String,
-    works: bool,
+    verdict: KvmVerdict,
 }
 
 fn boot_id() -> io::Result<String> {
@@ -260,22 +261,22 @@ impl Store {
         }
     }
 
-    /// Whether KVM ran a guest when it was last tried; `None` when that was not in this boot of the
-    /// host, whose kernel, firmware and settings may have changed since.
+    /// What came of trying KVM with a guest; `None` when that was not in this boot of the host, whose
+    /// kernel, firmware and settings may have changed since.
     #[must_use]
-    pub fn kvm_verdict(&self) -> Option<bool> {
+    pub fn kvm_verdict(&self) -> Option<KvmVerdict> {
         let (boot, verdict) = (boot_id().ok()?, read(&self.dir.join(KVM_VERDICT), SMALL_MAX).ok()?);
-        let Ok(KvmVerdict { boot: then, works }) = serde_json::from_slice(&verdict) else { return None };
-        (then == boot).then_some(works)
+        let Ok(OfBoot { boot: then, verdict }) = serde_json::from_slice(&verdict) else { return None };
+        (then == boot).then_some(verdict)
     }
 
     /// Keeps what [`Store::kvm_verdict`] tells.
     ///
     /// # Errors
     /// [`StoreError`] names the file.
-    pub fn remember_kvm_verdict(&self, works: bool) -> Result<(), StoreError> {
+    pub fn remember_kvm_verdict(&self, verdict: KvmVerdict) -> Result<(), StoreError> {
         let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
-        let verdict = serde_json::to_vec(&KvmVerdict { boot, works }).expect("text and a bool serialize");
+        let verdict = serde_json::to_vec(&OfBoot { boot, verdict }).expect("text and numbers serialize");
         replace(&self.dir.join(KVM_VERDICT), &verdict)
     }
 
@@ -386,6 +387,22 @@ impl Store {
         self.write(&self.change(&chain, Documents::new(verified_device, verified_bundle), seen)?)
     }
 
+    /// Checks that this device was revoked: by the enrol role, in a record no older than the stored one.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it was not.
+    pub fn check_revocation(&self, untrusted: &Notice) -> Result<(), StoreError> {
+        let Notice { keysets, device } = untrusted;
+        if keysets.len() > MAX_KEYSETS {
+            return Err(StoreError::TooManyKeysets(keysets.len()));
+        }
+        let seen = self.memory()?;
+        let chain = chain(self.keyset_up_to(seen.keyset_version)?, keysets)?;
+        let (_, device) = self.check_record(newest(&chain), device, &self.host_key()?.public())?;
+        not_older("device record", device.serial, seen.serial)?;
+        if device.state == DeviceState::Revoked { Ok(()) } else { Err(StoreError::NotRevoked) }
+    }
+
     /// Remembers that a release of this version was installed. The caller holds the lock.
     pub(crate) fn remember_release(&self, version: u64) -> Result<(), StoreError> {
         let mut kept = self.kept()?;
@@ -432,6 +449,20 @@ impl Store {
         untrusted: &[u8],
         host_key: &PublicKey,
     ) -> Result<(Verified<DeviceKind>, Device), StoreError> {
+        let (verified, device) = self.check_record(keyset, untrusted, host_key)?;
+        match device.state {
+            DeviceState::Active => Ok((verified, device)),
+            DeviceState::Revoked => Err(StoreError::Revoked),
+        }
+    }
+
+    /// The same for a device in any state.
+    fn check_record(
+        &self,
+        keyset: &TrustedKeyset,
+        untrusted: &[u8],
+        host_key: &PublicKey,
+    ) -> Result<(Verified<DeviceKind>, Device), StoreError> {
         let verified = keyset.verify::<DeviceKind>(untrusted).map_err(StoreError::DeviceEnvelope)?;
         let device = Device::parse(&verified).map_err(StoreError::Device)?;
         if device.tenant != self.tenant {
@@ -443,10 +474,7 @@ impl Store {
         if device.host_key != *host_key {
             return Err(StoreError::OtherKey { found: device.host_key, own: *host_key });
         }
-        match device.state {
-            DeviceState::Active => Ok((verified, device)),
-            DeviceState::Revoked => Err(StoreError::Revoked),
-        }
+        Ok((verified, device))
     }
 
     fn check_bundle(

@@ -4,7 +4,7 @@
 
 mod tenant;
 
-use kontor_bundle::lease::Parts;
+use kontor_bundle::lease::{Notice, Parts};
 use kontor_daemon::{
     host::Accelerator,
     lease::{Asker, Running},
@@ -415,6 +415,49 @@ async fn office_that_says_no_or_nothing_is_told_apart() {
     assert!(matches!(no.ask(challenge()).await, Answer::Refused(words) if words == "revoked"));
     let late = asker(&world, |_| Err(OfficeError::Late));
     assert!(matches!(late.ask(challenge()).await, Answer::Unreachable(_)));
+}
+
+#[tokio::test]
+async fn revocation_counts_on_the_enrol_roles_word_and_not_on_controls() {
+    let mut world = World::provisioned();
+    let answer = async |world: &World, keysets: &[Vec<u8>], device: &[u8]| {
+        let notice = Notice { keysets: keysets.to_vec(), device: device.to_vec() };
+        asker(world, move |_| Ok(Reply::Revoked(notice.clone()))).ask(challenge()).await
+    };
+    let key = world.store.host_key().unwrap().public();
+    let revoked = |device: &mut Device| (device.serial, device.state) = (2, DeviceState::Revoked);
+    let record = world.tenant.device(key, revoked);
+    // Also in words that a newer keyset's persons signed, which did not arrive yet.
+    world.tenant.advance();
+    for keysets in [&[][..], &world.tenant.keysets] {
+        let answer = answer(&world, keysets, &record).await;
+        assert!(matches!(&answer, Answer::Forbidden(words) if words.contains("revoked")), "{answer:?}");
+    }
+    let other = Tenant::new();
+    for (device, words) in [
+        (world.device.clone(), "its record does not"),
+        (other.device(key, revoked), "not signed as it must be"),
+        (world.tenant.device(key, |device| device.state = DeviceState::Revoked), "seen before"),
+        (
+            world.tenant.device(key, |device| {
+                revoked(device);
+                device.device = "laptop-8".parse().unwrap();
+            }),
+            "is for laptop-8",
+        ),
+        (b"{}".to_vec(), "not signed as it must be"),
+    ] {
+        if words == "seen before" {
+            world.bend_device(|device| device.serial = 2);
+            world.provision().unwrap();
+        }
+        let answer = answer(&world, &[], &device).await;
+        assert!(matches!(&answer, Answer::NotVerified(said) if said.contains(words)), "{words}: {answer:?}");
+    }
+    let many = vec![world.tenant.keysets[0].clone(); 9];
+    assert!(matches!(answer(&world, &many, &record).await, Answer::NotVerified(_)));
+    // Nothing of it was kept.
+    world.records().unwrap();
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ pub use error::LeaseError;
 pub use gateway::{CLOCK_SKEW_S, GatewayMemory, OwnGateway, for_gateway};
 pub use guest::{MAX_WAIT_S, for_guest};
 pub use host::{HOST_SKEW_S, HostMemory, for_host};
-pub use parts::{Admit, Parts};
+pub use parts::{Admit, Notice, Parts};
 
 use crate::{Bundle, MAX_LIFE_S};
 use kontor_trust::{

@@ -20,7 +20,19 @@ pub struct Parts {
     pub lease: Vec<u8>,
 }
 
-/// What control tells a gateway: the same, and the request that the lease answers.
+/// What control answers the host of a revoked device: the enrol role's word for it, not control's.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Notice {
+    /// The last keysets in rising order, at most [`MAX_KEYSETS`](super::MAX_KEYSETS).
+    #[serde(with = "base64_list")]
+    pub keysets: Vec<Vec<u8>>,
+    /// The device record.
+    #[serde(with = "base64_text")]
+    pub device: Vec<u8>,
+}
+
+/// What control tells a gateway: what it answers a host, and the request that the lease answers.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Admit {

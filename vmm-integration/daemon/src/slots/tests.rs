@@ -76,6 +76,16 @@ impl World {
         self.repository.publish(&self.release);
     }
 
+    /// Version 2, which differs from version 1 in its kernel.
+    fn publish_other_kernel(&mut self) {
+        let kernel = b"another kernel";
+        fs::write(self.release.join("kernel"), kernel).unwrap();
+        let mut manifest = manifest(2);
+        manifest.image.kernel =
+            Piece { name: "kernel".into(), bytes: kernel.len() as u64, sha256: Digest::of(kernel) };
+        self.publish(&manifest);
+    }
+
     fn installed() -> Self {
         let world = Self::new();
         world.install().unwrap();
@@ -226,10 +236,38 @@ fn half_written_install_is_not_used_and_does_not_hinder_the_next() {
 #[test]
 fn refused_install_leaves_the_installed_release_alone() {
     let mut world = World::installed();
-    world.publish(&manifest(2));
+    world.publish_other_kernel();
     flip_a_byte(&world.repository.piece("kernel"));
     world.refuses("kernel");
     assert_eq!(world.open().unwrap().manifest.version, 1);
+}
+
+#[test]
+fn what_the_installed_release_has_is_not_fetched_again() {
+    let mut world = World::installed();
+    world.publish_other_kernel();
+    for (name, _) in PIECES.iter().filter(|(name, _)| *name != "kernel") {
+        fs::remove_file(world.repository.piece(name)).unwrap();
+    }
+    assert_eq!(world.install().unwrap().version, 2);
+    assert_eq!(content(&world.open().unwrap().kernel), b"another kernel");
+    verify_all(&world.store, &world.repository.pin()).unwrap();
+}
+
+#[test]
+fn what_the_installed_release_has_with_another_byte_is_fetched() {
+    for (name, _) in PIECES.iter().filter(|(_, content)| content.len() > 3) {
+        let mut world = World::installed();
+        world.publish(&manifest(2));
+        flip_a_byte(&world.slot(name));
+        assert_eq!(world.install().unwrap().version, 2);
+        verify_all(&world.store, &world.repository.pin()).unwrap();
+        // Nor is it believed where it cannot be fetched.
+        flip_a_byte(&world.slot(name));
+        world.publish(&manifest(3));
+        fs::remove_file(world.repository.piece(name)).unwrap();
+        assert_eq!(world.install().unwrap_err().exit(), Exit::Unreachable);
+    }
 }
 
 #[test]

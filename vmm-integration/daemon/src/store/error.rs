@@ -84,6 +84,12 @@ pub enum StoreError {
     /// The device is revoked.
     #[error("the device is revoked")]
     Revoked,
+    /// A record that does not revoke.
+    #[error("the office says that the device is revoked, and its record does not")]
+    NotRevoked,
+    /// More keysets than a lease comes with.
+    #[error("{0} keysets came with a device record")]
+    TooManyKeysets(usize),
     /// The bundle of another line.
     #[error("the bundle is for another line than the device's")]
     OtherLine,

@@ -4,7 +4,7 @@
 
 use super::{VmError, machine::pair};
 use crate::{
-    host::Accelerator,
+    host::{Accelerator, Trial},
     qemu::{self, Backend, Inherited, Machine},
     slots::Ready,
 };
@@ -30,7 +30,7 @@ const MEMORY_MIB: u32 = 256;
 ///
 /// # Errors
 /// [`VmError`] when the trial itself could not be made: no verdict then.
-pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<bool, VmError> {
+pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<Trial, VmError> {
     let (control, control_theirs) = pair()?;
     // Nobody listens to these; their other ends close when this function returns.
     let (_console, console) = pair()?;
@@ -56,11 +56,15 @@ pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<bo
     };
     let mut child = qemu::start(program, &machine, inherited)
         .map_err(|source| VmError::Qemu { program: program.into(), source })?;
-    let works = matches!(timeout(ANSWER, says_no_disk(control)).await, Ok(Ok(true)));
+    let trial = match timeout(ANSWER, says_no_disk(control)).await {
+        Ok(Ok(true)) => Trial::Works,
+        Ok(Ok(false) | Err(_)) => Trial::Fails,
+        Err(_) => Trial::Silent,
+    };
     if let Err(error) = child.kill().await {
         tracing::warn!(%error, "the machine that KVM was tried with cannot be ended");
     }
-    Ok(works)
+    Ok(trial)
 }
 
 /// Speaks to the guest until it stops; whether it stopped for want of a disk.
