@@ -18,6 +18,7 @@ const NEEDED: &[&str] = &[
     "qemu-system-x86",
     "uidmap",
     "util-linux",
+    "xz-utils",
 ];
 
 /// Installs what is missing: as root itself, otherwise by `sudo`; names it where neither works.

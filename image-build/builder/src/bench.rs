@@ -41,7 +41,8 @@ pub(crate) fn make(
     let crates = sbom::crates(source)?;
     let program = Guest::bench(source, &crates, &cache, progress)?;
     let tools = Tools::unpack(&lock, &cache, progress)?;
-    let profile = Profile { modules: MODULES.map(str::to_owned).to_vec(), ..profile.clone() };
+    let modules = MODULES.map(str::to_owned).to_vec();
+    let profile = Profile { modules, vfio_modules: Vec::new(), ..profile.clone() };
     let kernel = Kernel::unpack(&lock, &profile, &tools, &cache, progress)?;
     files::make_directory(out)?;
     let write = |name: &str, bytes: &[u8]| -> Result<(), FileError> {

@@ -28,6 +28,9 @@ pub(crate) struct Profile {
     pub(crate) kernel: String,
     /// Kernel modules wanted in the initrd, in this order; what they need is found and put before them.
     pub(crate) modules: Vec<String>,
+    /// The same for those that only a machine whose uplink is a device behind an IOMMU loads.
+    #[serde(default)]
+    pub(crate) vfio_modules: Vec<String>,
     /// dpkg patterns of paths that are never unpacked.
     #[serde(default)]
     pub(crate) exclude: Vec<String>,
@@ -175,7 +178,8 @@ impl Profile {
             }
         }
         let packages = self.packages.iter().chain([&self.kernel]);
-        if let Some(bad) = packages.chain(&self.modules).find(|name| !is_name(name)) {
+        if let Some(bad) = packages.chain(&self.modules).chain(&self.vfio_modules).find(|name| !is_name(name))
+        {
             return Err(("package or module", bad, NAME));
         }
         let patterns = self.exclude.iter().chain(&self.keep);
@@ -308,7 +312,8 @@ pub(crate) mod tests {
     fn smoke_profile_is_a_test_image_without_a_network_driver() {
         let profile = smoke();
         assert!(profile.test);
-        assert!(!profile.modules.iter().any(|m| m.contains("net") || m.contains("e1000")), "{profile:?}");
+        let mut modules = profile.modules.iter().chain(&profile.vfio_modules);
+        assert!(!modules.any(|m| m.contains("net") || m.contains("e1000")), "{profile:?}");
         assert_eq!(
             profile.users.iter().map(|u| (u.name.as_str(), u.id)).collect::<Vec<_>>(),
             [("kontor-tunnel", 990), ("user", 1000)]

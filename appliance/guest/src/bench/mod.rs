@@ -160,7 +160,7 @@ fn serve(role: &str) -> Result<(), BenchError> {
 
 /// What is measured, open.
 fn open(role: &str, uevents: &Uevents) -> Result<Box<dyn Drive>, BenchError> {
-    modules::load_all().map_err(words)?;
+    modules::load_all(modules::DIRECTORY).map_err(words)?;
     if role == KERNEL {
         return Ok(Box::new(socket::open(uevents)?));
     }

@@ -28,7 +28,7 @@ use super::log::say;
 use super::stop::Stop;
 use super::supervise::{Lessee, Until, Watched, attend};
 use super::uevent::Uevents;
-use super::uplink::Uplink;
+use super::uplink::{Uplink, has_uplink_device};
 use super::{lockdown, modules, ports, resolv, root, supervise, tenant, verity};
 use crate::clock::{Moment, set_wall_clock};
 use crate::link::{FromTunnel, Link, ToTunnel};
@@ -119,8 +119,14 @@ impl Early {
     /// Makes the verified image the root and locks the kernel down.
     pub(crate) fn verify(self, events: &Events) -> Result<Verified, Stop> {
         let line = command_line()?;
-        let (count, passed_over) = modules::load_all().map_err(Stop::Module)?;
-        say!("modules: {count}, {passed_over} of them not for this machine");
+        let mut directories = vec![modules::DIRECTORY];
+        if has_uplink_device().map_err(Stop::Uplink)? {
+            directories.push(modules::VFIO_DIRECTORY);
+        }
+        for directory in directories {
+            let (count, passed_over) = modules::load_all(directory).map_err(Stop::Module)?;
+            say!("modules: {count}, {passed_over} of them not for this machine");
+        }
 
         let floor = tenant::load(Path::new(tenant::DIRECTORY)).map_err(Stop::Tenant)?;
         say!("tenant {}, keyset {}", floor.tenant(), floor.version());

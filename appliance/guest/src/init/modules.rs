@@ -1,4 +1,4 @@
-//! Kernel modules: those in the initrd, in the order of their names, compressed as they are.
+//! Kernel modules: those in the initrd, in the order of their names.
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -6,30 +6,29 @@ use rustix::system::finit_module;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where the initrd holds them, as `NN-name.ko.xz`.
+/// Where the initrd holds those that every machine needs, as `NN-name.ko`.
 pub(crate) const DIRECTORY: &str = "/modules";
-const SUFFIX: &str = ".ko.xz";
+/// Those that a machine needs whose uplink is a device behind an IOMMU.
+pub(crate) const VFIO_DIRECTORY: &str = "/modules-vfio";
+const SUFFIX: &str = ".ko";
 /// Most modules of an image.
 const MODULES_MAX: usize = 99;
-/// `MODULE_INIT_COMPRESSED_FILE` (linux/module.h): the kernel unpacks, then checks the signature.
-const COMPRESSED_FILE: i32 = 4;
-
 /// Why a module did not load.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ModuleError {
-    #[error("list {DIRECTORY}")]
+    #[error("list the modules")]
     List(#[source] io::Error),
     #[error("the initrd holds more than {MODULES_MAX} modules")]
     TooMany,
-    #[error("{0:?} in {DIRECTORY} is no module")]
+    #[error("{0:?} is no module")]
     Name(PathBuf),
     #[error("load {path:?}")]
     Load { path: PathBuf, source: Errno },
 }
 
-/// Loads all modules; returns how many there are and how many of them are not for this machine.
-pub(crate) fn load_all() -> Result<(usize, usize), ModuleError> {
-    let modules = in_order(Path::new(DIRECTORY))?;
+/// Loads all modules of `directory`; returns how many there are and how many of them are not for this machine.
+pub(crate) fn load_all(directory: &str) -> Result<(usize, usize), ModuleError> {
+    let modules = in_order(Path::new(directory))?;
     let mut passed_over = 0;
     for path in &modules {
         match load(path) {
@@ -45,7 +44,7 @@ pub(crate) fn load_all() -> Result<(usize, usize), ModuleError> {
 
 fn load(path: &Path) -> Result<(), Errno> {
     let file = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    finit_module(&file, c"", COMPRESSED_FILE)
+    finit_module(&file, c"", 0)
 }
 
 fn in_order(directory: &Path) -> Result<Vec<PathBuf>, ModuleError> {
@@ -64,7 +63,7 @@ fn in_order(directory: &Path) -> Result<Vec<PathBuf>, ModuleError> {
     Ok(modules)
 }
 
-/// `NN-name.ko.xz`
+/// `NN-name.ko`
 fn is_module(name: &str) -> bool {
     let Some(stem) = name.strip_suffix(SUFFIX) else { return false };
     let &[tens, ones, b'-', _, ..] = stem.as_bytes() else { return false };
@@ -86,15 +85,15 @@ mod tests {
 
     #[test]
     fn modules_come_in_the_order_of_their_numbers() {
-        let directory = directory(&["10-erofs.ko.xz", "02-dm-mod.ko.xz", "01-virtio_blk.ko.xz"]);
+        let directory = directory(&["10-erofs.ko", "02-dm-mod.ko", "01-virtio_blk.ko"]);
         let names: Vec<_> = in_order(directory.path()).unwrap();
         let names: Vec<_> = names.iter().map(|p| p.file_name().unwrap().to_str().unwrap()).collect();
-        assert_eq!(names, ["01-virtio_blk.ko.xz", "02-dm-mod.ko.xz", "10-erofs.ko.xz"]);
+        assert_eq!(names, ["01-virtio_blk.ko", "02-dm-mod.ko", "10-erofs.ko"]);
     }
 
     #[test]
     fn what_is_no_module_is_refused() {
-        for name in ["erofs.ko.xz", "1-erofs.ko.xz", "01-.ko.xz", "01-erofs.ko", "readme"] {
+        for name in ["erofs.ko", "1-erofs.ko", "01-.ko", "01-erofs.ko.xz", "readme"] {
             let directory = directory(&[name]);
             assert!(matches!(in_order(directory.path()), Err(ModuleError::Name(_))), "{name}");
         }
@@ -102,7 +101,7 @@ mod tests {
 
     #[test]
     fn as_many_modules_as_allowed_are_listed_and_one_more_is_refused() {
-        let names: Vec<String> = (0..=MODULES_MAX).map(|n| format!("{:02}-m{n}.ko.xz", n % 100)).collect();
+        let names: Vec<String> = (0..=MODULES_MAX).map(|n| format!("{:02}-m{n}.ko", n % 100)).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         assert_eq!(in_order(directory(&names[..MODULES_MAX]).path()).unwrap().len(), MODULES_MAX);
         assert!(matches!(in_order(directory(&names).path()), Err(ModuleError::TooMany)));

@@ -78,6 +78,12 @@ impl Uplink {
     }
 }
 
+/// Whether the machine has a network device, which is then its uplink.
+pub(crate) fn has_uplink_device() -> Result<bool, UplinkError> {
+    let found = find(&Path::new(PCI).join("devices")).map_err(UplinkError::List)?;
+    Ok(found.is_some())
+}
+
 /// The address of the first network device.
 fn find(devices: &Path) -> io::Result<Option<String>> {
     let mut found = Vec::new();
