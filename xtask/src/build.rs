@@ -71,7 +71,7 @@ impl Plan {
 }
 
 /// The profile of demo and tests.
-const PROFILE: &str = "smoke";
+pub(crate) const PROFILE: &str = "smoke";
 
 /// The repository's root.
 pub(crate) fn root() -> PathBuf {

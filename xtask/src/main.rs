@@ -14,6 +14,7 @@ mod office;
 mod packages;
 mod probe;
 mod report;
+mod reproducible;
 mod run;
 mod scene;
 mod suite;

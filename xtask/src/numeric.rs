@@ -157,8 +157,8 @@ fn place_files(own: &Path, id: u32) -> Result<()> {
     for (file, line) in [
         ("/etc/passwd", format!("kontor-{id}:x:{id}:{id}::{home}:/bin/sh\n")),
         ("/etc/group", format!("kontor-{id}:x:{id}:\n")),
-        ("/etc/subuid", format!("{id}:{first}:{count}\n")),
-        ("/etc/subgid", format!("{id}:{first}:{count}\n")),
+        ("/etc/subuid", format!("kontor-{id}:{first}:{count}\n")),
+        ("/etc/subgid", format!("kontor-{id}:{first}:{count}\n")),
     ] {
         let file = Path::new(file);
         if !file.exists() {

@@ -2,7 +2,7 @@
 
 use crate::{
     build::{self, Backend, Plan},
-    packages,
+    packages, reproducible,
     run::{self, Error, Result},
     world,
 };
@@ -25,6 +25,8 @@ struct Counts {
 #[derive(Default)]
 struct Context {
     all: bool,
+    /// Slow stages run too: all were asked for, or one by its name.
+    slow: bool,
     /// The only one, where not each is tried.
     uplink: Option<Backend>,
     bin: Option<PathBuf>,
@@ -40,6 +42,7 @@ const STAGES: &[Stage] = &[
     ("units", units),
     ("programs", programs),
     ("image", image),
+    ("reproducible", reproducible),
     ("vm", vm),
     ("demo", demo),
     ("deny", deny),
@@ -47,7 +50,7 @@ const STAGES: &[Stage] = &[
 
 /// Runs the stages whose name holds `only`, all of them without.
 pub(crate) fn run(all: bool, only: Option<&str>, uplink: Option<Backend>) -> Result<ExitCode> {
-    let mut context = Context { all, uplink, ..Context::default() };
+    let mut context = Context { all, slow: all || only.is_some(), uplink, ..Context::default() };
     let mut total = Counts::default();
     let mut times = Vec::new();
     let chosen: Vec<&Stage> =
@@ -168,6 +171,15 @@ fn image(context: &mut Context) -> Result<Counts> {
     let bin = context.bin()?;
     context.image = Some(build::image(&bin)?);
     Ok(Counts::one())
+}
+
+fn reproducible(context: &mut Context) -> Result<Counts> {
+    if !context.slow {
+        eprintln!("skipped: builds everything in the image once more; cargo xtask test --all does");
+        return Ok(Counts { skipped: 1, ..Counts::default() });
+    }
+    let (bin, image) = (context.bin()?, context.image()?);
+    reproducible::twice(&bin, &image).map(|()| Counts::one())
 }
 
 /// The suite, in one work VM for each uplink.
