@@ -8,6 +8,7 @@
 mod build;
 mod capture;
 mod demo;
+mod fresh;
 mod leaks;
 mod numeric;
 mod office;
@@ -61,6 +62,11 @@ enum Task {
         #[arg(long, value_enum, default_value = "port")]
         uplink: build::Backend,
     },
+    /// Run demo and test on a fresh Debian 13, made for that and removed after; needs root.
+    Fresh {
+        /// Only these of the two.
+        commands: Vec<String>,
+    },
     /// What runs inside the outer namespaces.
     #[command(hide = true)]
     Inside {
@@ -90,6 +96,7 @@ fn run(task: Task) -> run::Result<ExitCode> {
     match task {
         Task::Test { all, only, uplink } => test::run(all, only.as_deref(), uplink),
         Task::Demo { json, uplink } => demo::run(json.as_deref(), uplink),
+        Task::Fresh { commands } => fresh::run(&commands),
         Task::Inside { role: world::Role::Demo, plan, .. } => demo::inside(&plan),
         Task::Inside { role: world::Role::Suite, plan, rest } => suite::inside(&plan, rest),
     }
@@ -98,7 +105,7 @@ fn run(task: Task) -> run::Result<ExitCode> {
 /// Root installs what is missing and goes on as nobody in particular; see [`numeric`].
 fn become_nobody(task: &Task) -> run::Result<()> {
     let json = match task {
-        Task::Inside { .. } => return Ok(()),
+        Task::Inside { .. } | Task::Fresh { .. } => return Ok(()),
         Task::Demo { json, .. } => json.as_deref().filter(|file| *file != Path::new("-")),
         Task::Test { .. } => None,
     };
