@@ -97,7 +97,7 @@ fn archive(store: &Path) -> Result<PathBuf> {
     eprintln!("── making a Debian tree of {SUITE} with {PACKAGES}");
     let partial = archive.with_extension("partial");
     let mut make = Command::new("mmdebstrap");
-    make.args(["--variant=apt", "--format=tar", "--include", PACKAGES, SUITE]).arg(&partial);
+    make.args(["--variant=minbase", "--format=tar", "--include", PACKAGES, SUITE]).arg(&partial);
     if let Some(mirror) = mirror()? {
         make.arg(mirror);
     }
