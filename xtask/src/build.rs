@@ -71,7 +71,7 @@ impl Plan {
 }
 
 /// The profile of demo and tests.
-const PROFILE: &str = "smoke";
+pub(crate) const PROFILE: &str = "smoke";
 
 /// The repository's root.
 pub(crate) fn root() -> PathBuf {
@@ -146,4 +146,29 @@ fn make(bin: &Path, verb: &str, name: &str) -> Result<PathBuf> {
 /// Copies `from` to `to`, sharing blocks where the file system can.
 pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
     quietly(Command::new("cp").args(["--archive", "--reflink=auto"]).arg(from).arg(to)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Features of boringtun as all packages beside `manifest` together switch them on.
+    fn boringtun_features(manifest: &str) -> Vec<String> {
+        let mut metadata = cargo();
+        metadata.args(["metadata", "--locked", "--format-version", "1", "--manifest-path", manifest]);
+        let bytes = quietly(metadata.args(["--filter-platform", "x86_64-unknown-linux-gnu"])).unwrap();
+        let metadata: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        let nodes = metadata["resolve"]["nodes"].as_array().unwrap();
+        let is_boringtun = |id: &str| id.contains("#boringtun@");
+        let node = nodes.iter().find(|node| node["id"].as_str().is_some_and(is_boringtun)).unwrap();
+        let features = node["features"].as_array().unwrap();
+        features.iter().map(|feature| feature.as_str().unwrap().to_owned()).collect()
+    }
+
+    /// A clock that a program sets is for the simulator; of all that ships, tests included, nothing has it.
+    #[test]
+    fn only_the_simulator_has_a_clock_that_a_program_sets() {
+        assert!(boringtun_features("vpn/simulator/Cargo.toml").iter().any(|name| name.starts_with("mock")));
+        assert_eq!(boringtun_features("Cargo.toml"), [""; 0]);
+    }
 }

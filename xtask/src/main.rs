@@ -9,12 +9,14 @@ mod bench;
 mod build;
 mod capture;
 mod demo;
+mod fresh;
 mod leaks;
 mod numeric;
 mod office;
 mod packages;
 mod probe;
 mod report;
+mod reproducible;
 mod run;
 mod scene;
 mod suite;
@@ -64,6 +66,11 @@ enum Task {
     /// Measure something, in turn with what it is compared with.
     #[command(subcommand)]
     Bench(Bench),
+    /// Run demo and test on a fresh Debian 13, made for that and removed after; needs root.
+    Fresh {
+        /// Only these of the two.
+        commands: Vec<String>,
+    },
     /// What runs inside the outer namespaces.
     #[command(hide = true)]
     Inside {
@@ -121,6 +128,7 @@ fn run(task: Task) -> run::Result<ExitCode> {
             bench::boot::run(choice, uplink, json.as_deref())
         }
         Task::Inside { role: world::Role::BenchBoot, plan, rest } => bench::boot::inside(&plan, &rest),
+        Task::Fresh { commands } => fresh::run(&commands),
         Task::Inside { role: world::Role::Demo, plan, .. } => demo::inside(&plan),
         Task::Inside { role: world::Role::Suite, plan, rest } => suite::inside(&plan, rest),
     }
@@ -129,7 +137,7 @@ fn run(task: Task) -> run::Result<ExitCode> {
 /// Root installs what is missing and goes on as nobody in particular; see [`numeric`].
 fn become_nobody(task: &Task) -> run::Result<()> {
     let json = match task {
-        Task::Inside { .. } => return Ok(()),
+        Task::Inside { .. } | Task::Fresh { .. } => return Ok(()),
         Task::Demo { json, .. } | Task::Bench(Bench::Uplink { json, .. } | Bench::Boot { json, .. }) => {
             json.as_deref().filter(|file| *file != Path::new("-"))
         }

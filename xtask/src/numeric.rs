@@ -119,8 +119,9 @@ fn prepare() -> Result<Prepared> {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => place.insert(id_map(metadata.uid(), metadata.gid(), id)?),
         };
-        let tree = open_tree(CWD, &path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)
-            .map_err(|e| at("open the tree of", &path)(e.into()))?;
+        let flags =
+            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+        let tree = open_tree(CWD, &path, flags).map_err(|e| at("open the tree of", &path)(e.into()))?;
         sys::map_mount(&tree, map.as_fd(), access == Access::Read).map_err(at(
             "show under another owner (idmapped mounts; the file system may lack them)",
             &path,
@@ -157,8 +158,8 @@ fn place_files(own: &Path, id: u32) -> Result<()> {
     for (file, line) in [
         ("/etc/passwd", format!("kontor-{id}:x:{id}:{id}::{home}:/bin/sh\n")),
         ("/etc/group", format!("kontor-{id}:x:{id}:\n")),
-        ("/etc/subuid", format!("{id}:{first}:{count}\n")),
-        ("/etc/subgid", format!("{id}:{first}:{count}\n")),
+        ("/etc/subuid", format!("kontor-{id}:{first}:{count}\n")),
+        ("/etc/subgid", format!("kontor-{id}:{first}:{count}\n")),
     ] {
         let file = Path::new(file);
         if !file.exists() {

@@ -24,6 +24,8 @@ pub(crate) enum Error {
     #[error("this machine lacks the Debian packages: {0}; install them with: apt-get install {0}")]
     Packages(String),
     #[error("{0}")]
+    Lacks(String),
+    #[error("{0}")]
     Unexpected(String),
     #[error("talk to the work VM's probe")]
     Probe(#[source] io::Error),
@@ -37,7 +39,7 @@ pub(crate) enum Error {
 
 impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Packages(_)) { 4 } else { 1 }
+        if matches!(self, Self::Packages(_) | Self::Lacks(_)) { 4 } else { 1 }
     }
 }
 

@@ -141,7 +141,7 @@ pub(crate) fn leave_mount_namespace() -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?)
 }
 
-/// Shows the files of a mount that is at no place yet under the owners that the maps of the user namespace
+/// Shows the files of a mount, and of those below it, that is at no place yet under the owners that the maps of the user namespace
 /// `map` say: what they map from on disk, what they map to in the mount (mount_setattr(2)).
 pub(crate) fn map_mount(mount: &OwnedFd, map: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
@@ -156,7 +156,7 @@ pub(crate) fn map_mount(mount: &OwnedFd, map: BorrowedFd<'_>, read_only: bool) -
             libc::SYS_mount_setattr,
             mount.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
             &raw const attributes,
             mem::size_of_val(&attributes),
         )

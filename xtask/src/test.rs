@@ -2,7 +2,7 @@
 
 use crate::{
     build::{self, Backend, Plan},
-    packages,
+    packages, reproducible,
     run::{self, Error, Result},
     world,
 };
@@ -25,6 +25,8 @@ struct Counts {
 #[derive(Default)]
 struct Context {
     all: bool,
+    /// Slow stages run too: all were asked for, or one by its name.
+    slow: bool,
     /// The only one, where not each is tried.
     uplink: Option<Backend>,
     bin: Option<PathBuf>,
@@ -35,20 +37,25 @@ type Stage = (&'static str, fn(&mut Context) -> Result<Counts>);
 
 const STAGES: &[Stage] = &[
     ("packages", |_| packages::ensure().map(|()| Counts::one())),
-    ("fmt", |_| run::openly(build::cargo().args(["fmt", "--all", "--check"])).map(|()| Counts::one())),
+    ("fmt", fmt),
     ("clippy", clippy),
     ("units", units),
+    ("simulator", simulator),
     ("programs", programs),
     ("image", image),
+    ("reproducible", reproducible),
     ("vm", vm),
     ("demo", demo),
     ("bench", bench),
     ("deny", deny),
 ];
 
+/// Not of the workspace: it switches on a clock that a program sets.
+const SIMULATOR: &str = "vpn/simulator/Cargo.toml";
+
 /// Runs the stages whose name holds `only`, all of them without.
 pub(crate) fn run(all: bool, only: Option<&str>, uplink: Option<Backend>) -> Result<ExitCode> {
-    let mut context = Context { all, uplink, ..Context::default() };
+    let mut context = Context { all, slow: all || only.is_some(), uplink, ..Context::default() };
     let mut total = Counts::default();
     let mut times = Vec::new();
     let chosen: Vec<&Stage> =
@@ -135,6 +142,13 @@ fn counted(command: &mut Command) -> Result<Counts> {
     Ok(counts)
 }
 
+fn fmt(_: &mut Context) -> Result<Counts> {
+    for manifest in ["Cargo.toml", SIMULATOR] {
+        run::openly(build::cargo().args(["fmt", "--all", "--check", "--manifest-path", manifest]))?;
+    }
+    Ok(Counts::one())
+}
+
 fn clippy(_: &mut Context) -> Result<Counts> {
     let arguments = ["clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "-D", "warnings"];
     run::openly(build::cargo().args(arguments)).map(|()| Counts::one())
@@ -160,6 +174,13 @@ fn units(context: &mut Context) -> Result<Counts> {
     Ok(counts)
 }
 
+/// Hours of the tunnel on a bad network, by a clock of its own: apart from the workspace, which has no such clock.
+fn simulator(_: &mut Context) -> Result<Counts> {
+    let mut test = build::cargo();
+    test.args(["test", "--locked", "--manifest-path", SIMULATOR, "--target-dir"]);
+    counted(test.arg(build::root().join("target/simulator")).stdin(Stdio::null()))
+}
+
 fn programs(context: &mut Context) -> Result<Counts> {
     context.bin = Some(build::programs()?);
     Ok(Counts::one())
@@ -169,6 +190,15 @@ fn image(context: &mut Context) -> Result<Counts> {
     let bin = context.bin()?;
     context.image = Some(build::image(&bin)?);
     Ok(Counts::one())
+}
+
+fn reproducible(context: &mut Context) -> Result<Counts> {
+    if !context.slow {
+        eprintln!("skipped: builds everything in the image once more; cargo xtask test --all does");
+        return Ok(Counts { skipped: 1, ..Counts::default() });
+    }
+    let (bin, image) = (context.bin()?, context.image()?);
+    reproducible::twice(&bin, &image).map(|()| Counts::one())
 }
 
 /// The suite, in one work VM for each uplink.

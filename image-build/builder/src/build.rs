@@ -188,10 +188,10 @@ const KERNEL_WORDS: &str =
 const PROGRAMS: &str = "/usr/lib/kontor";
 pub(crate) const IMAGE: &str = "image.json";
 const KERNEL: &str = "kernel";
-const INITRD: &str = "initrd";
-const ROOT: &str = "root.img";
+pub(crate) const INITRD: &str = "initrd";
+pub(crate) const ROOT: &str = "root.img";
 const SBOM: &str = "sbom.cdx.json";
-const LOCK: &str = "lock.toml";
+pub(crate) const LOCK: &str = "lock.toml";
 
 #[cfg(test)]
 mod tests {

@@ -34,6 +34,7 @@ mod sign;
 mod staging;
 mod tar;
 mod tools;
+mod unpack;
 mod verity;
 
 use clap::{Args, Parser, Subcommand};
@@ -193,6 +194,17 @@ enum Verb {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Write the files of an image's root and its initrd's archive to a new directory, to look at them
+    Unpack {
+        #[command(flatten)]
+        recipe: Recipe,
+        /// An image that `build` made
+        #[arg(long, value_name = "DIR")]
+        image: PathBuf,
+        /// Where to put them
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
     },
     /// Compare two images bit for bit
     Compare {
@@ -405,6 +417,10 @@ fn run(verb: Verb) -> Result<Exit, Failure> {
             let report = inspect::inspect(&dir)?;
             answer(json.then_some(&report), &report.to_string())?;
             return Ok(if report.verified { Exit::Ok } else { Exit::NotVerified });
+        }
+        Verb::Unpack { recipe, image, out } => {
+            let (_, profile) = recipe.find()?;
+            unpack::unpack(&image, &profile, &out, &progress)?;
         }
         Verb::Compare { first, second, json } => {
             let comparison = compare::compare(&first, &second)?;

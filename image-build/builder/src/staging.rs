@@ -99,6 +99,8 @@ fn sweep(parent: &Path, prefix: &str) -> io::Result<()> {
         let Ok(lock) = File::open(entry.path()) else { continue };
         match lock.try_lock() {
             Ok(()) => match fs::remove_dir_all(entry.path()) {
+                // Another user's, in a directory for everybody.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => (),
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => (),
             },
