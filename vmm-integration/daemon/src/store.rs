@@ -403,6 +403,27 @@ impl Store {
         if device.state == DeviceState::Revoked { Ok(()) } else { Err(StoreError::NotRevoked) }
     }
 
+    /// Stores keysets that came by another way than with a lease, if record and bundle are good under the newest of them
+    /// too: false if they are not, and without any there is nothing to store them for. The caller holds the lock.
+    ///
+    /// # Errors
+    /// [`StoreError`] when a keyset does not follow, or cannot be written.
+    pub(crate) fn adopt(&self, untrusted_keysets: &[Vec<u8>]) -> Result<bool, StoreError> {
+        let Kept { seen, documents } = self.kept()?;
+        let (Some(documents), false) = (documents, untrusted_keysets.is_empty()) else { return Ok(true) };
+        let chain = chain(self.keyset_up_to(seen.keyset_version)?, untrusted_keysets)?;
+        let (keyset, host_key) = (newest(&chain), self.host_key()?.public());
+        let device = self.check_device(keyset, documents.device.as_bytes(), &host_key);
+        let good = device.and_then(|(_, device)| {
+            let (_, bundle) = self.check_bundle(keyset, documents.bundle.as_bytes(), &device)?;
+            Ok((device, bundle))
+        });
+        let Ok((device, bundle)) = good else { return Ok(false) };
+        let seen = seen.after(keyset, &device, &bundle);
+        self.write(&self.change(&chain, documents, seen)?)?;
+        Ok(true)
+    }
+
     /// Remembers that a release of this version was installed. The caller holds the lock.
     pub(crate) fn remember_release(&self, version: u64) -> Result<(), StoreError> {
         let mut kept = self.kept()?;
