@@ -403,8 +403,9 @@ impl Store {
         if device.state == DeviceState::Revoked { Ok(()) } else { Err(StoreError::NotRevoked) }
     }
 
-    /// Stores keysets that came by another way than with a lease, if record and bundle are good under the newest of them
-    /// too: false if they are not, and without any there is nothing to store them for. The caller holds the lock.
+    /// Stores keysets that came by another way than with a lease, if record and bundle are good under the
+    /// newest of them too: false if they are not. Without record and bundle there is nothing to store them
+    /// for. The caller holds the lock.
     ///
     /// # Errors
     /// [`StoreError`] when a keyset does not follow, or cannot be written.
