@@ -220,7 +220,8 @@ fn no_kvm(path: &Path) -> String {
     }
 }
 
-/// Whether this user may make namespaces of its own, as what confines a work VM's processes does. `read` reads a setting.
+/// Whether this user may make namespaces of its own, as what confines a work VM's processes does.
+/// `read` reads a setting.
 fn namespaces(root: bool, read: impl Fn(&str) -> Option<String>) -> Result<String, String> {
     let is = |setting: &str, value: &str| read(setting).is_some_and(|text| text.trim() == value);
     for (setting, value, only_users) in [

@@ -62,7 +62,7 @@ fn second_gateway(stage: &mut Stage) -> Outcome {
     let office = &mut stage.scene()?.office;
     office.kill_gateway().map_err(words)?;
     office.start_spare().map_err(words)?;
-    let read = starts(stage).and_then(|()| page_is_read(stage)).and_then(|()| super::closes(stage));
+    let read = starts(stage).and_then(|()| page_is_read(stage)).and_then(|()| closes(stage));
     let office = &mut stage.scene()?.office;
     office.kill_spare().map_err(words)?;
     office.start_gateway().map_err(words)?;

@@ -9,7 +9,6 @@ mod https;
 #[expect(dead_code, reason = "the slots' own tests use all of it")]
 mod repository;
 mod stub;
-#[expect(dead_code, reason = "other tests use more of it")]
 #[path = "../tenant/mod.rs"]
 mod tenant;
 mod world;
@@ -85,6 +84,7 @@ fn main() -> ExitCode {
         what_is_missing_is_said,
         start_with_a_window_is_not_there_yet,
         doctor_says_what_is_missing_and_what_is_well,
+        keyset_that_the_repository_has_is_installed_with_the_release,
         probe_of_a_test_image_is_served_byte_for_byte,
         probe_of_another_image_is_not_there,
         tap_records_both_directions,
@@ -428,6 +428,25 @@ fn doctor_says_what_is_missing_and_what_is_well() {
     let piece = OpenOptions::new().write(true).open(world.slot("root.img")).unwrap();
     piece.write_all_at(b"X", 2).unwrap();
     ended(&world.kontor(&["doctor"]), 4, "missing  release: the release's root.img is not what");
+}
+
+fn keyset_that_the_repository_has_is_installed_with_the_release() {
+    let mut world = World::new(&Setup::new("ready"));
+    world.tenant.advance();
+    let keysets = world.tenant.keysets.clone();
+    for (version, keyset) in (1..).zip(&keysets) {
+        world.repository.add_file(kontor_repository::keyset_target(version), keyset);
+    }
+    world.repository.publish(&world.path("release"));
+    let place = world.repository.dir.to_str().unwrap().to_owned();
+    let installed = world.kontord(&["install", "--repo", &place]);
+    assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
+    let ran = world.kontor(&["doctor"]);
+    assert!(ran.out.contains("ok       documents: keyset 2"), "{}", ran.out);
+    // One that nobody signed stops the installation.
+    world.repository.add_file(kontor_repository::keyset_target(3), b"{}");
+    world.repository.publish(&world.path("release"));
+    assert_eq!(world.kontord(&["install", "--repo", &place]).status.code(), Some(3));
 }
 
 fn probe_setup(test_image: bool) -> Setup {
