@@ -10,7 +10,7 @@ use crate::{
     demo, packages,
     report::{ImageSize, Memory},
     run::{Error, Result, at},
-    scene::{LEASE_S, Scene, running},
+    scene::{LEASE_S, Scene},
     world::{self, Role},
 };
 use command_fds::{CommandFdExt, FdMapping};
@@ -33,6 +33,8 @@ use std::{
 const RATIO_MAX: f64 = 1.5;
 /// How long an empty init may take to say that it is there.
 const EMPTY_MAX: Duration = Duration::from_secs(120);
+/// What kontord gives QEMU first.
+const FIRST_ARGUMENT: &str = "-nodefaults";
 /// The state that is waited for.
 const TUNNEL_UP: &str = "tunnel-up";
 
@@ -184,10 +186,7 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
 fn start(scene: &Scene) -> Result<(Start, Vec<String>, Memory, Accel)> {
     scene.home.start()?;
     let status = scene.home.status()?;
-    let qemu = running(super::vm::QEMU).first().copied();
-    let qemu = qemu.ok_or_else(|| Error::Unexpected("QEMU does not run".into()))?;
-    let cpu_s = cpu_s(&format!("/proc/{qemu}/stat"))?;
-    let line = arguments(qemu)?;
+    let (cpu_s, line) = qemu()?;
     let memory = demo::memory(scene);
     scene.home.kontor(&["stop"])?;
     let missing = |what: &str| Error::Unexpected(format!("no {what} in kontor status: {status}"));
@@ -199,6 +198,22 @@ fn start(scene: &Scene) -> Result<(Start, Vec<String>, Memory, Accel)> {
     let states = states.iter().filter_map(state).collect();
     let accel = if status["accel"] == "kvm" { Accel::Kvm } else { Accel::Tcg };
     Ok((Start { before_qemu, states, cpu_s }, line, memory, accel))
+}
+
+/// Processor time and arguments of the QEMU that runs. Whoever started it may have its arguments too, but not its
+/// time.
+fn qemu() -> Result<(f64, Vec<String>)> {
+    let proc = Path::new("/proc");
+    let entries = fs::read_dir(proc).map_err(at("list", proc))?;
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let machine = |pid: u32| {
+        // It may have ended since it was listed.
+        let mut line = arguments(pid).ok()?;
+        let first = line.iter().position(|word| word == FIRST_ARGUMENT)?;
+        Some((cpu_s(&format!("/proc/{pid}/stat")).ok()?, line.split_off(first)))
+    };
+    let found = pids.filter_map(machine).max_by(|(one, _), (other, _)| one.total_cmp(other));
+    found.ok_or_else(|| Error::Unexpected("QEMU does not run".into()))
 }
 
 /// The arguments of a running process.
