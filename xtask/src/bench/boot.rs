@@ -4,7 +4,7 @@
 //! The office, kontord and the relay are real ([`crate::scene`]). For the other boot QEMU's own command line is
 //! read from the running process and used again, each descriptor in it made anew, with another initrd.
 
-use super::{Accel, Choice, Pieces, Setting, Spread, publish, vm::cpu_s};
+use super::{Accel, Choice, Pieces, Setting, Spread, boot, publish, vm::cpu_s};
 use crate::{
     build::{self, Backend, Plan},
     demo, packages,
@@ -142,8 +142,8 @@ pub(crate) fn inside(plan: &Path) -> Result<ExitCode> {
     let mut seen = None;
     for round in 0..rounds {
         eprintln!("   turn {} of {rounds}", round + 1);
-        let (start, line, memory, accel) = start(&scene)?;
-        let empty = empty(&line, &pieces, &plan.image)?;
+        let (start, line, memory, accel) = boot(|| start(&scene))?;
+        let empty = boot(|| empty(&line, &pieces, &plan.image))?;
         let up = start.state(TUNNEL_UP);
         let up = up.ok_or_else(|| Error::Unexpected(format!("the work VM was never {TUNNEL_UP}")))?;
         ratios.push(up / empty.ms);
