@@ -7,6 +7,7 @@
 
 mod build;
 mod capture;
+mod clean;
 mod demo;
 mod fresh;
 mod leaks;
