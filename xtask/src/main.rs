@@ -16,6 +16,7 @@ mod report;
 mod run;
 mod scene;
 mod suite;
+mod suite_jail;
 mod sys;
 mod test;
 mod workvm;

@@ -64,6 +64,7 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     add("tampered_repository_is_refused_and_the_installed_release_stays", tampered_repository);
     add("work_vm_starts_and_reaches_its_session", starts);
     add("uplink_is_the_device_asked_for_and_the_other_is_not_there", uplink_device);
+    add("qemu_and_relay_are_jailed", jailed);
     add("page_is_read_through_the_tunnel", page_is_read);
     add("large_file_arrives_whole", large_file);
     add("page_is_not_read_while_the_gateway_is_down_and_is_again_after", gateway_restart);
@@ -142,6 +143,11 @@ fn uplink_device(stage: &mut Stage) -> Outcome {
     };
     let interfaces = seen.lines().rev().take(2).collect::<Vec<_>>();
     if right && interfaces == ["lo", "kontor0"] { Ok(()) } else { Err(format!("seen: {seen}").into()) }
+}
+
+fn jailed(stage: &mut Stage) -> Outcome {
+    let uplink = stage.plan.uplink.name();
+    crate::suite_jail::confined(&stage.scene()?.home, uplink)
 }
 
 fn page_is_read(stage: &mut Stage) -> Outcome {

@@ -256,7 +256,7 @@ impl Daemon {
         if let Some(verdict) = self.store.kvm_verdict() {
             return Ok(verdict);
         }
-        let verdict = vm::kvm_runs_a_guest(&plan.qemu, &plan.ready).await?;
+        let verdict = vm::kvm_runs_a_guest(&plan.jail, &plan.qemu, &plan.ready).await?;
         tracing::info!(verdict, "KVM was tried with a guest");
         self.store.remember_kvm_verdict(verdict)?;
         Ok(verdict)
@@ -361,6 +361,7 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
         ready,
         qemu: config.qemu.clone(),
         relay: config.relay()?,
+        jail: config.jail()?,
         console_log: store.console_log(),
         probe_socket: config.probe_socket.clone(),
         tap: config.tap.clone(),

@@ -1,6 +1,6 @@
 //! What is missing for a start, in words.
 
-use crate::{daemon::Daemon, exit::chain, host::Accelerator, slots, verbs::Check};
+use crate::{config::ConfigError, daemon::Daemon, exit::chain, host::Accelerator, slots, verbs::Check};
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
@@ -13,7 +13,7 @@ use tokio::{process::Command, time::timeout};
 const VERSION: Duration = Duration::from_secs(10);
 
 pub(crate) async fn examine(daemon: &Arc<Daemon>) -> Vec<Check> {
-    let mut checks = vec![qemu(&daemon.config().qemu).await];
+    let mut checks = vec![qemu(&daemon.config().qemu).await, jail(&daemon.config().jail()).await];
     let daemon = Arc::clone(daemon);
     let rest = tokio::task::spawn_blocking(move || on_disk(&daemon)).await;
     checks.extend(rest.unwrap_or_else(|error| vec![found("kontord", Err(error.to_string()))]));
@@ -38,6 +38,14 @@ async fn qemu(program: &Path) -> Check {
         Err(_) => Err(format!("{} does not answer", program.display())),
     };
     found("qemu", result)
+}
+
+async fn jail(path: &Result<PathBuf, ConfigError>) -> Check {
+    let result = match path {
+        Ok(path) => crate::jail::check(path).await,
+        Err(error) => Err(chain(error)),
+    };
+    found("jail", result.map(|()| "QEMU and the relay can be jailed".to_owned()))
 }
 
 fn on_disk(daemon: &Daemon) -> Vec<Check> {

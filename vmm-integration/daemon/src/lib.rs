@@ -23,6 +23,7 @@ mod doctor;
 pub mod exit;
 mod fetch;
 pub mod host;
+mod jail;
 pub mod lease;
 mod lines;
 pub mod office;

@@ -30,7 +30,7 @@ const MEMORY_MIB: u32 = 256;
 ///
 /// # Errors
 /// [`VmError`] when the trial itself could not be made: no verdict then.
-pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<bool, VmError> {
+pub(crate) async fn kvm_runs_a_guest(jailer: &Path, program: &Path, ready: &Ready) -> Result<bool, VmError> {
     let (control, control_theirs) = pair()?;
     // Nobody listens to these; their other ends close when this function returns.
     let (_console, console) = pair()?;
@@ -54,10 +54,11 @@ pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<bo
         uplink,
         probe: None,
     };
-    let mut child = qemu::start(program, &machine, inherited)
+    let mut child = qemu::start(jailer, program, &machine, inherited)
         .map_err(|source| VmError::Qemu { program: program.into(), source })?;
     let works = matches!(timeout(ANSWER, says_no_disk(control)).await, Ok(Ok(true)));
-    if let Err(error) = child.kill().await {
+    child.kill();
+    if let Err(error) = child.wait().await {
         tracing::warn!(%error, "the machine that KVM was tried with cannot be ended");
     }
     Ok(works)
