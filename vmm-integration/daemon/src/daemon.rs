@@ -264,7 +264,7 @@ impl Daemon {
     }
 
     async fn try_kvm(&self, ready: &Ready) -> Result<Trial, StartError> {
-        let trial = vm::kvm_runs_a_guest(&self.config.qemu, ready).await?;
+        let trial = vm::kvm_runs_a_guest(&self.config.jail()?, &self.config.qemu, ready).await?;
         tracing::info!(?trial, "KVM was tried with a guest");
         let verdict = KvmVerdict::after(self.store.kvm_verdict(), trial, uptime_s());
         self.store.remember_kvm_verdict(verdict)?;
@@ -387,6 +387,7 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
         ready,
         qemu: config.qemu.clone(),
         relay: config.relay()?,
+        jail: config.jail()?,
         console_log: store.console_log(),
         probe_socket: config.probe_socket.clone(),
         tap: config.tap.clone(),
