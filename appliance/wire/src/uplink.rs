@@ -34,6 +34,9 @@ pub const HEADER_LEN: usize = 4;
 pub const MAX_SEGMENTS: usize = 64;
 /// Largest frame in bytes, header included: what the `port` backend's length can say.
 pub const MAX_FRAME: usize = u16::MAX as usize;
+/// Largest frame in bytes on the `vfio` backend: what a buffer of 2048 holds behind the headers of virtio-net
+/// (12) and Ethernet.
+pub const MAX_FRAME_VFIO: usize = 2048 - 12 - ETHERNET_LEN;
 /// Bytes of the length in front of a frame on the `port` backend.
 pub const PORT_PREFIX_LEN: usize = 2;
 /// Largest datagram in bytes: UDP's limit over IPv4 (RFC 768, RFC 791), which fits one frame.
@@ -179,6 +182,72 @@ pub fn encode_port(
     out.extend_from_slice(&header);
     out.extend_from_slice(payload);
     Ok(())
+}
+
+/// Appends datagrams as the `port` backend carries them, and puts those that follow each other into one train
+/// where they fit together: one gateway, one length, of which the last may fall short.
+#[derive(Debug)]
+pub struct Packer {
+    frame_max: usize,
+    open: Option<Train>,
+}
+
+/// The frame at the end of the stream, which may grow.
+#[derive(Debug, Clone, Copy)]
+struct Train {
+    /// Where its length stands.
+    at: usize,
+    gateway: GatewayId,
+    segment: usize,
+    segments: usize,
+}
+
+impl Packer {
+    /// Makes frames of at most `frame_max` bytes, header included, or [`MAX_FRAME`].
+    #[must_use]
+    pub fn new(frame_max: usize) -> Self {
+        Self { frame_max: frame_max.min(MAX_FRAME), open: None }
+    }
+
+    /// Whether the next datagram would join the frame at the end of `out`.
+    #[must_use]
+    pub fn joins(&self, gateway: GatewayId, datagram: &[u8], out: &[u8]) -> bool {
+        self.open.is_some_and(|train| {
+            let frame = out.len() - train.at - PORT_PREFIX_LEN + datagram.len();
+            train.gateway == gateway
+                && (MIN_DATAGRAM..=train.segment).contains(&datagram.len())
+                && train.segments < MAX_SEGMENTS
+                && frame <= self.frame_max
+        })
+    }
+
+    /// Appends a datagram to `out`, where nobody else wrote or took anything since [`Packer::close`].
+    ///
+    /// # Errors
+    /// [`FrameError`] when no frame can carry it; `out` is then unchanged.
+    pub fn push(&mut self, gateway: GatewayId, datagram: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
+        if let Some(train) = self.open.filter(|_| self.joins(gateway, datagram, out)) {
+            out.extend_from_slice(datagram);
+            let length = out.len() - train.at - PORT_PREFIX_LEN;
+            let length = u16::try_from(length).map_err(|_| FrameError::Length(length))?;
+            out[train.at..train.at + PORT_PREFIX_LEN].copy_from_slice(&length.to_le_bytes());
+            let whole = datagram.len() == train.segment;
+            self.open = whole.then_some(Train { segments: train.segments + 1, ..train });
+            return Ok(());
+        }
+        if HEADER_LEN + datagram.len() > self.frame_max {
+            return Err(FrameError::Length(HEADER_LEN + datagram.len()));
+        }
+        let at = out.len();
+        encode_port(gateway, datagram.len(), datagram, out)?;
+        self.open = Some(Train { at, gateway, segment: datagram.len(), segments: 1 });
+        Ok(())
+    }
+
+    /// The next datagram begins a frame of its own.
+    pub fn close(&mut self) {
+        self.open = None;
+    }
 }
 
 /// Cuts the `port` backend's byte stream into frames. Holds at most two frames of the largest size.
@@ -327,7 +396,80 @@ mod tests {
         assert!(!decoder.space().is_empty());
     }
 
+    /// The frames of a stream: gateway, segment length, and the datagrams in it.
+    fn frames(stream: &[u8]) -> Vec<(u8, usize, Vec<Vec<u8>>)> {
+        let mut decoder = PortDecoder::new();
+        decoder.space()[..stream.len()].copy_from_slice(stream);
+        decoder.advance(stream.len());
+        let mut all = Vec::new();
+        while let Some(frame) = decoder.next_frame().unwrap() {
+            let datagrams = frame.segments().map(<[u8]>::to_vec).collect();
+            all.push((frame.gateway().0, frame.segment_len(), datagrams));
+        }
+        all
+    }
+
+    fn packed(frame_max: usize, datagrams: &[(u8, Vec<u8>)]) -> Vec<(u8, usize, usize)> {
+        let (mut packer, mut out) = (Packer::new(frame_max), Vec::new());
+        for (gateway, datagram) in datagrams {
+            packer.push(GatewayId(*gateway), datagram, &mut out).unwrap();
+        }
+        frames(&out).into_iter().map(|(gateway, segment, all)| (gateway, segment, all.len())).collect()
+    }
+
+    #[test]
+    fn equal_datagrams_for_one_gateway_become_a_train_that_a_shorter_one_ends() {
+        let of = |gateway, length| (gateway, vec![7; length]);
+        let datagrams = [of(1, 100), of(1, 100), of(1, 40), of(1, 40), of(1, 100), of(2, 100), of(1, 100)];
+        let expected = [(1, 100, 3), (1, 40, 1), (1, 100, 1), (2, 100, 1), (1, 100, 1)];
+        assert_eq!(packed(MAX_FRAME, &datagrams), expected);
+    }
+
+    #[test]
+    fn train_is_as_long_as_a_frame_and_no_longer() {
+        let many = vec![(1, vec![7; 32]); MAX_SEGMENTS + 1];
+        assert_eq!(packed(MAX_FRAME, &many), [(1, 32, MAX_SEGMENTS), (1, 32, 1)]);
+        let large = vec![(1, vec![7; 1452]); 46];
+        assert_eq!(packed(MAX_FRAME, &large), [(1, 1452, 45), (1, 1452, 1)]);
+        let three = vec![(1, vec![7; 100]); 3];
+        assert_eq!(packed(HEADER_LEN + 300, &three), [(1, 100, 3)]);
+        assert_eq!(packed(HEADER_LEN + 299, &three), [(1, 100, 2), (1, 100, 1)]);
+        let (mut packer, mut out) = (Packer::new(HEADER_LEN + 99), Vec::new());
+        assert!(packer.push(GatewayId(1), &[7; 100], &mut out).is_err() && out.is_empty());
+    }
+
+    #[test]
+    fn closed_frame_does_not_grow() {
+        let (mut packer, mut out) = (Packer::new(MAX_FRAME), Vec::new());
+        packer.push(GatewayId(1), &[7; 100], &mut out).unwrap();
+        packer.close();
+        packer.push(GatewayId(1), &[7; 100], &mut out).unwrap();
+        assert_eq!(frames(&out).len(), 2);
+    }
+
     proptest! {
+        #[test]
+        fn what_was_packed_comes_out_in_order(
+            datagrams in prop::collection::vec((0_u8..3, 32_usize..40, any::<u8>(), any::<bool>()), 1..200),
+            frame_max in 50_usize..600,
+        ) {
+            let (mut packer, mut out) = (Packer::new(frame_max), Vec::new());
+            let mut expected = Vec::new();
+            for (gateway, length, fill, close) in datagrams {
+                let datagram = vec![fill; length];
+                packer.push(GatewayId(gateway), &datagram, &mut out).unwrap();
+                expected.push((gateway, datagram));
+                if close {
+                    packer.close();
+                }
+            }
+            let seen: Vec<(u8, Vec<u8>)> = frames(&out)
+                .into_iter()
+                .flat_map(|(gateway, _, all)| all.into_iter().map(move |datagram| (gateway, datagram)))
+                .collect();
+            prop_assert_eq!(seen, expected);
+        }
+
         #[test]
         fn any_bytes_parse_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             if let Ok(frame) = Frame::parse(&bytes) {

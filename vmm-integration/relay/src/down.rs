@@ -1,4 +1,4 @@
-//! From the gateways to the guest: a buffer of [`BUFFER_MAX`] bytes; what does not fit is dropped, as
+//! From the gateways to the guest: what comes at once goes in trains, where it fits together. A buffer of [`BUFFER_MAX`] bytes; what does not fit is dropped, as
 //! any router would.
 
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     socket::{Datagrams, Sockets},
 };
 use kontor_wire::{
-    uplink::{HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, RELAY_TO_GUEST, encode_port},
+    uplink::{GatewayId, HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, Packer, RELAY_TO_GUEST},
     wireguard::Shape,
 };
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
@@ -23,14 +23,17 @@ pub(crate) const BUFFER_MAX: usize = 256 * 1024;
 pub(crate) struct DownPath {
     datagram: Box<[u8]>,
     frames: Vec<u8>,
+    packer: Packer,
     /// How much of `frames` the guest's side has taken.
     taken: usize,
     counters: Down,
 }
 
 impl DownPath {
-    pub(crate) fn new() -> Self {
+    /// Makes frames of at most `frame_max` bytes.
+    pub(crate) fn new(frame_max: usize) -> Self {
         Self {
+            packer: Packer::new(frame_max),
             datagram: vec![0; MAX_FRAME].into_boxed_slice(),
             frames: Vec::with_capacity(BUFFER_MAX),
             taken: 0,
@@ -70,13 +73,14 @@ impl DownPath {
         }
     }
 
-    fn push(&mut self, gateway: kontor_wire::uplink::GatewayId, length: usize) {
+    fn push(&mut self, gateway: GatewayId, length: usize) {
         if Shape::of(&self.datagram[..length]).is_none() {
             self.counters.not_wireguard += 1;
             return;
         }
         let need = PORT_PREFIX_LEN + HEADER_LEN + length;
         if self.frames.len() + need > BUFFER_MAX {
+            self.packer.close();
             self.frames.drain(..self.taken);
             self.taken = 0;
         }
@@ -84,7 +88,7 @@ impl DownPath {
             self.counters.guest_full += 1;
             return;
         }
-        match encode_port(gateway, length, &self.datagram[..length], &mut self.frames) {
+        match self.packer.push(gateway, &self.datagram[..length], &mut self.frames) {
             Ok(()) => {
                 self.counters.datagrams += 1;
                 self.counters.bytes += length as u64;
@@ -96,6 +100,7 @@ impl DownPath {
 
     /// Writes as much as the guest's side takes.
     pub(crate) fn flush(&mut self, uplink: &mut impl io::Write) -> io::Result<()> {
+        self.packer.close();
         while self.waiting() {
             match uplink.write(&self.frames[self.taken..]) {
                 Ok(count) => self.taken += count,
@@ -111,6 +116,7 @@ impl DownPath {
 
     /// Sends frame by frame, each in an Ethernet frame, as much as the guest's side takes.
     pub(crate) fn flush_ethernet(&mut self, uplink: &UnixDatagram) -> io::Result<()> {
+        self.packer.close();
         while let Some((prefix, rest)) = self.frames[self.taken..].split_first_chunk::<PORT_PREFIX_LEN>() {
             // Frames are pushed whole.
             let frame = &rest[..usize::from(u16::from_le_bytes(*prefix))];

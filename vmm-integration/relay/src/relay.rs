@@ -8,6 +8,7 @@ use crate::{
     socket::{Datagrams, Sockets, Uplink},
     up::{Turn, UpPath},
 };
+use kontor_wire::uplink::{MAX_FRAME, MAX_FRAME_VFIO};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -131,13 +132,17 @@ impl<S: Datagrams> Relay<S> {
     /// A relay whose table is empty.
     pub fn new(wires: Wires<S>, limits: Limits) -> Self {
         let Wires { uplink, control, udp4, udp6 } = wires;
+        let frame_max = match &uplink {
+            Uplink::Stream(_) => MAX_FRAME,
+            Uplink::Ethernet(_) => MAX_FRAME_VFIO,
+        };
         Self {
             uplink,
             control,
             sockets: Sockets { v4: udp4, v6: udp6 },
             table: Table::default(),
             up: UpPath::new(&limits),
-            down: DownPath::new(),
+            down: DownPath::new(frame_max),
             blocked: None,
             started: Instant::now(),
         }

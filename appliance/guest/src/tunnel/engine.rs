@@ -288,6 +288,7 @@ pub(super) mod tests {
     use super::super::uplink::Port;
     use super::*;
     use kontor_wire::uplink::{PortDecoder, encode_port};
+    use std::collections::VecDeque;
     use std::io::{Read, Write};
     use std::net::{Ipv4Addr, Ipv6Addr};
     use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -329,6 +330,8 @@ pub(super) mod tests {
         pub(in super::super) interface: UnixDatagram,
         wire: UnixStream,
         decoder: PortDecoder,
+        /// Of a frame that was read.
+        datagrams: VecDeque<(u8, Vec<u8>)>,
         gateway: Tunnel<u8>,
     }
 
@@ -363,7 +366,14 @@ pub(super) mod tests {
                 keepalive_s: None,
             };
             gateway.add_peer(&guest, Instant::now()).unwrap();
-            let world = Self { init, interface, wire, decoder: PortDecoder::new(), gateway };
+            let world = Self {
+                init,
+                interface,
+                wire,
+                decoder: PortDecoder::new(),
+                datagrams: VecDeque::new(),
+                gateway,
+            };
             (world, Ends { uplink: uplink.into(), tun: tun.into(), link })
         }
 
@@ -385,8 +395,13 @@ pub(super) mod tests {
         fn gateway_takes_a_frame(&mut self) -> Option<Vec<u8>> {
             let mut out = [0; DATAGRAM_MAX];
             let (from, datagram) = loop {
+                if let Some(datagram) = self.datagrams.pop_front() {
+                    break datagram;
+                }
                 if let Some(frame) = self.decoder.next_frame().unwrap() {
-                    break (frame.gateway().0, frame.payload().to_vec());
+                    let from = frame.gateway().0;
+                    self.datagrams.extend(frame.segments().map(|datagram| (from, datagram.to_vec())));
+                    continue;
                 }
                 let count = self.wire.read(self.decoder.space()).unwrap();
                 self.decoder.advance(count);

@@ -14,7 +14,8 @@
 use super::ring::{BUFFER, Ring, RingFault, SIZE, Used, Way};
 use super::{Losses, Rest, Uplink};
 use kontor_wire::uplink::{
-    ETHERNET_LEN, Frame, GUEST_TO_RELAY, GatewayId, HEADER_LEN, RELAY_TO_GUEST, header,
+    ETHERNET_LEN, Frame, GUEST_TO_RELAY, GatewayId, HEADER_LEN, MAX_FRAME_VFIO, PORT_PREFIX_LEN, Packer,
+    RELAY_TO_GUEST,
 };
 use rustix::io::{Errno, read};
 use std::io;
@@ -46,6 +47,7 @@ const BATCH_MAX: usize = 64;
 /// Bytes in front of a datagram in its buffer.
 const OVERHEAD: usize = NET_HEADER_LEN + ETHERNET_LEN + HEADER_LEN;
 const _: () = assert!(OVERHEAD + kontor_vpn::DATAGRAM_MAX <= BUFFER);
+const _: () = assert!(NET_HEADER_LEN + ETHERNET_LEN + MAX_FRAME_VFIO == BUFFER);
 
 /// Why the device is not used, or not any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -87,6 +89,9 @@ pub(crate) struct Net<D, H: Hal> {
     /// What went wrong where no error can be returned.
     fault: Option<NetFault>,
     scratch: Box<[u8; BUFFER]>,
+    /// At most one frame behind its length, which may grow until the batch is sent.
+    waiting: Vec<u8>,
+    packer: Packer,
     losses: Losses,
 }
 
@@ -99,7 +104,16 @@ impl<D: Device, H: Hal> Net<D, H> {
     /// Takes a device whose interrupts are counted by `interrupts`, which does not block.
     pub(super) fn new(device: D, interrupts: OwnedFd) -> Self {
         let scratch = Box::new([0; BUFFER]);
-        Self { device, interrupts, rings: None, fault: None, scratch, losses: Losses::default() }
+        Self {
+            device,
+            interrupts,
+            rings: None,
+            fault: None,
+            scratch,
+            waiting: Vec::with_capacity(PORT_PREFIX_LEN + MAX_FRAME_VFIO),
+            packer: Packer::new(MAX_FRAME_VFIO),
+            losses: Losses::default(),
+        }
     }
 
     /// Brings the device up as virtio 1.2, 3.1.1 says.
@@ -181,10 +195,27 @@ impl<D: Device, H: Hal> Net<D, H> {
         Ok(rest)
     }
 
+    /// `false` when the datagram is not taken.
     fn queue(&mut self, to: GatewayId, datagram: &[u8]) -> Result<bool, NetFault> {
-        let Some(rings) = &mut self.rings else { return Ok(false) };
-        let Ok(frame) = header(to, datagram.len(), datagram) else { return Ok(false) };
-        Ok(rings.transmit.send(&[&NET_HEADER, &GUEST_TO_RELAY, &frame, datagram])?)
+        if !self.packer.joins(to, datagram, &self.waiting) {
+            self.hand_over()?;
+            if !self.has_room() {
+                return Ok(false);
+            }
+        }
+        Ok(self.packer.push(to, datagram, &mut self.waiting).is_ok())
+    }
+
+    /// Puts the waiting frame into the ring, where a buffer is kept for it.
+    fn hand_over(&mut self) -> Result<(), NetFault> {
+        self.packer.close();
+        if let (Some(rings), Some(frame)) = (&mut self.rings, self.waiting.get(PORT_PREFIX_LEN..))
+            && !rings.transmit.send(&[&NET_HEADER, &GUEST_TO_RELAY, frame])?
+        {
+            self.losses.dropped += 1;
+        }
+        self.waiting.clear();
+        Ok(())
     }
 }
 
@@ -210,7 +241,8 @@ impl<D: Device, H: Hal> Uplink for Net<D, H> {
     }
 
     fn has_room(&self) -> bool {
-        self.rings.as_ref().is_some_and(|rings| rings.transmit.free() > 0)
+        let kept = usize::from(!self.waiting.is_empty());
+        self.rings.as_ref().is_some_and(|rings| rings.transmit.free() > kept)
     }
 
     fn push(&mut self, to: GatewayId, datagram: &[u8]) {
@@ -225,6 +257,7 @@ impl<D: Device, H: Hal> Uplink for Net<D, H> {
         if let Some(fault) = self.fault {
             return Err(fault.into());
         }
+        self.hand_over()?;
         let Some(rings) = &mut self.rings else { return Ok(()) };
         rings.transmit.announce(&mut self.device);
         Ok(Self::reclaim(rings)?)
@@ -245,10 +278,13 @@ const _: () = assert!(SIZE > BATCH_MAX);
 mod tests {
     use super::super::fake::{FakeDevice, FakeMemory};
     use super::*;
+    use kontor_wire::uplink::header;
     use rustix::event::{EventfdFlags, eventfd};
 
     const GATEWAY: GatewayId = GatewayId(4);
     const DATAGRAM: [u8; 148] = [7; 148];
+    /// Two of these do not fit one frame.
+    const LARGE: [u8; 1456] = [7; 1456];
     /// Everything that QEMU's device offers, event indices and indirect descriptors included.
     const OFFERED: u64 = 0x103_30bf_8024;
 
@@ -333,11 +369,46 @@ mod tests {
     }
 
     #[test]
+    fn datagrams_of_one_batch_go_in_trains_that_fit_a_buffer() {
+        let (device, mut net) = up();
+        for _ in 0..2 {
+            for _ in 0..20 {
+                net.push(GATEWAY, &DATAGRAM);
+            }
+            net.send_batch().unwrap();
+            let sent = device.transmit_all();
+            let counts: Vec<usize> = sent
+                .iter()
+                .map(|bytes| {
+                    let frame = Frame::parse_ethernet(&bytes[NET_HEADER_LEN..], &GUEST_TO_RELAY).unwrap();
+                    assert!(frame.segments().all(|segment| segment == DATAGRAM));
+                    frame.segments().count()
+                })
+                .collect();
+            assert_eq!(counts, [13, 7]);
+        }
+        assert_eq!(net.losses(), Losses::default());
+    }
+
+    #[test]
+    fn train_that_waits_keeps_a_buffer_for_itself() {
+        let (device, mut net) = up();
+        let mut pushed = 0;
+        while net.has_room() {
+            net.push(GATEWAY, &LARGE);
+            pushed += 1;
+        }
+        assert_eq!((pushed, net.losses().dropped), (SIZE, 0));
+        net.send_batch().unwrap();
+        assert_eq!(device.transmit_all().len(), SIZE);
+    }
+
+    #[test]
     fn batch_is_announced_once() {
         let (device, mut net) = up();
         let before = device.kicks(TRANSMIT);
         for _ in 0..10 {
-            net.push(GATEWAY, &DATAGRAM);
+            net.push(GATEWAY, &LARGE);
         }
         assert_eq!(device.kicks(TRANSMIT), before);
         net.send_batch().unwrap();
@@ -507,7 +578,7 @@ mod tests {
         let (mut sent, mut arrived, mut kicks) = (0, 0, device.kicks(TRANSMIT));
         for batch in (1..=61).cycle() {
             for _ in 0..batch {
-                net.push(GATEWAY, &DATAGRAM);
+                net.push(GATEWAY, &LARGE);
             }
             sent += batch;
             net.send_batch().unwrap();

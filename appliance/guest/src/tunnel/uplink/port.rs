@@ -5,7 +5,7 @@
 //! forgotten on both sides, so that the next host begins with a whole one.
 
 use super::{Losses, Rest, Uplink};
-use kontor_wire::uplink::{GatewayId, HEADER_LEN, PORT_PREFIX_LEN, PortDecoder, encode_port};
+use kontor_wire::uplink::{GatewayId, HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, Packer, PortDecoder};
 use rustix::io::{Errno, read, write};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// Most bytes that wait for the port: a few dozen datagrams, so that what is late is dropped and not
 /// made later.
 const QUEUE_MAX: usize = 64 * 1024;
-/// Longest frame of ours: one datagram of the tunnel.
+/// Room that one more datagram needs at most.
 const FRAME_MAX: usize = PORT_PREFIX_LEN + HEADER_LEN + kontor_vpn::DATAGRAM_MAX;
 /// Reads in one batch; each gives about a page.
 const READS_MAX: usize = 16;
@@ -23,6 +23,7 @@ pub(crate) struct Port {
     port: OwnedFd,
     decoder: PortDecoder,
     queue: Vec<u8>,
+    packer: Packer,
     /// Bytes of the queue that the port has taken.
     written: usize,
     losses: Losses,
@@ -32,7 +33,8 @@ impl Port {
     /// Takes a port that does not block.
     pub(crate) fn new(port: OwnedFd) -> Self {
         let queue = Vec::with_capacity(QUEUE_MAX);
-        Self { port, decoder: PortDecoder::new(), queue, written: 0, losses: Losses::default() }
+        let (decoder, packer) = (PortDecoder::new(), Packer::new(MAX_FRAME));
+        Self { port, decoder, queue, packer, written: 0, losses: Losses::default() }
     }
 
     fn waiting(&self) -> usize {
@@ -43,6 +45,7 @@ impl Port {
     fn forget(&mut self) {
         self.decoder = PortDecoder::new();
         self.queue.clear();
+        self.packer.close();
         self.written = 0;
     }
 }
@@ -82,15 +85,18 @@ impl Uplink for Port {
             return;
         }
         if self.queue.len() + frame > QUEUE_MAX {
+            self.packer.close();
             self.queue.drain(..self.written);
             self.written = 0;
         }
-        if encode_port(to, datagram.len(), datagram, &mut self.queue).is_err() {
+        if self.packer.push(to, datagram, &mut self.queue).is_err() {
             self.losses.dropped += 1;
         }
     }
 
     fn send_batch(&mut self) -> io::Result<()> {
+        // Whatever the port has begun to take does not grow any more.
+        self.packer.close();
         while self.waiting() > 0 {
             match write(&self.port, &self.queue[self.written..]) {
                 Ok(count) => self.written += count,
@@ -116,7 +122,7 @@ impl Uplink for Port {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kontor_wire::uplink::{MAX_FRAME, MAX_SEGMENTS};
+    use kontor_wire::uplink::{MAX_SEGMENTS, encode_port};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -143,6 +149,22 @@ mod tests {
         port.send_batch().unwrap();
         let mut expected = Vec::new();
         encode_port(GATEWAY, 148, &[7; 148], &mut expected).unwrap();
+        let mut bytes = vec![0; expected.len()];
+        host.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn datagrams_of_one_batch_go_as_a_train_and_those_of_the_next_as_another() {
+        let (mut host, mut port) = pair();
+        let mut expected = Vec::new();
+        for count in [3, 2] {
+            for _ in 0..count {
+                port.push(GATEWAY, &[7; 148]);
+            }
+            port.send_batch().unwrap();
+            encode_port(GATEWAY, 148, &[7; 148].repeat(count), &mut expected).unwrap();
+        }
         let mut bytes = vec![0; expected.len()];
         host.read_exact(&mut bytes).unwrap();
         assert_eq!(bytes, expected);
@@ -220,8 +242,8 @@ mod tests {
             let count = host.read(decoder.space()).unwrap();
             decoder.advance(count);
             while let Some(frame) = decoder.next_frame().unwrap() {
-                assert_eq!(frame.payload(), datagram);
-                frames += 1;
+                assert!(frame.segments().all(|segment| segment == datagram));
+                frames += frame.segments().count();
             }
             port.send_batch().unwrap();
         }
