@@ -5,9 +5,10 @@
 //! init                            tunnel
 //!              ◄───────────────  Ready
 //!   Configure  ───────────────►
-//!              ◄───────────────  Up | Down     (each time the session comes or goes)
+//!              ◄───────────────  Up | Down     (each time the session comes or goes; always of one gateway)
 //!              ◄───────────────  Heard         (now and then while the gateway's messages come in)
 //!              ◄───────────────  Failed        then the tunnel exits
+//!   Reconnect  ───────────────►
 //!   Close      ───────────────►                then the tunnel exits
 //! ```
 
@@ -15,7 +16,6 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
@@ -25,31 +25,34 @@ const MESSAGE_MAX: usize = 512;
 /// What the tunnel is told.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum ToTunnel {
-    /// Open a session with this gateway.
+    /// Open a session with the first gateway that answers.
     Configure(Configure),
+    /// Forget every session and open a new one with the same gateway.
+    Reconnect,
     /// Forget the keys and end.
     Close,
 }
 
-/// One end of a session and the way to the other.
+/// One end of a session and the ways to the other.
 #[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
 pub(crate) struct Configure {
     /// X25519, this boot's own.
     pub(crate) private_key: [u8; 32],
-    /// The gateway's number, for the uplink's frames.
+    /// The gateways, best first: a primary and perhaps a spare.
     #[zeroize(skip)]
-    pub(crate) gateway: u8,
-    /// The gateway's X25519 public key, from the bundle.
-    #[zeroize(skip)]
-    pub(crate) gateway_key: [u8; 32],
-    /// The guest's inner addresses, from the lease.
-    #[zeroize(skip)]
-    pub(crate) v4: Ipv4Addr,
-    #[zeroize(skip)]
-    pub(crate) v6: Ipv6Addr,
+    pub(crate) gateways: Vec<Way>,
     /// Seconds of silence after which a keepalive is sent.
     #[zeroize(skip)]
     pub(crate) keepalive_s: u16,
+}
+
+/// A gateway, from the bundle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Way {
+    /// Its number, for the uplink's frames.
+    pub(crate) gateway: u8,
+    /// Its X25519 public key.
+    pub(crate) key: [u8; 32],
 }
 
 /// What the tunnel says.
@@ -57,8 +60,8 @@ pub(crate) struct Configure {
 pub(crate) enum FromTunnel {
     /// It holds no power any more and waits to be configured.
     Ready,
-    /// There is a session.
-    Up,
+    /// There is a session with this gateway.
+    Up(u8),
     /// There is no session any more.
     Down,
     /// Since the last time it said so, a message came that proved to be the gateway's.
@@ -155,10 +158,7 @@ mod tests {
     fn configure() -> Configure {
         Configure {
             private_key: [7; 32],
-            gateway: 3,
-            gateway_key: [8; 32],
-            v4: Ipv4Addr::new(10, 0, 0, 2),
-            v6: Ipv6Addr::LOCALHOST,
+            gateways: vec![Way { gateway: 3, key: [8; 32] }, Way { gateway: 4, key: [9; 32] }],
             keepalive_s: 25,
         }
     }
@@ -171,7 +171,8 @@ mod tests {
         let Some(ToTunnel::Configure(arrived)) = tunnel.receive().unwrap() else {
             panic!("no configuration")
         };
-        assert_eq!((arrived.private_key, arrived.gateway, arrived.keepalive_s), ([7; 32], 3, 25));
+        assert_eq!((arrived.private_key, arrived.keepalive_s), ([7; 32], 25));
+        assert_eq!(arrived.gateways, [Way { gateway: 3, key: [8; 32] }, Way { gateway: 4, key: [9; 32] }]);
     }
 
     #[test]

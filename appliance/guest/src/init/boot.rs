@@ -6,7 +6,7 @@
 //!   ▼
 //! Verified  boot key, challenge, lease, clock, resolvers
 //!   ▼
-//! Leased    addresses and routes, kontor-tunnel
+//! Leased    kontor-tunnel, addresses and routes at the gateway that answers first
 //!   ▼
 //! TunnelUp  hello at the gateway's post
 //!   ▼
@@ -229,9 +229,7 @@ impl Leased {
         let until = Moment::now().after(TUNNEL_MAX);
         let none =
             || Stop::System { doing: "find the lease's gateway", source: io::ErrorKind::NotFound.into() };
-        let (v4, v6) = granted.addresses().ok_or_else(none)?;
         let configure = granted.configure(secret).ok_or_else(none)?;
-        set_up_interface(v4.into(), v6.into()).map_err(system("set the tunnel's interface up"))?;
 
         let (link, theirs) = Link::pair().map_err(system("make the tunnel's socket"))?;
         let (arguments, files) = before.uplink.passed(before.tun.as_fd(), theirs.as_fd());
@@ -242,19 +240,23 @@ impl Leased {
         events.add_tunnel(link)?;
 
         let mut waiting = Some(ToTunnel::Configure(configure));
-        loop {
+        let gateway = loop {
             match events.next(Some(until))? {
                 Event::Tunnel(FromTunnel::Ready) => match waiting.take() {
                     Some(message) => events.tell_tunnel(&message)?,
                     None => return Err(Stop::Link(crate::link::LinkError::Malformed)),
                 },
-                Event::Tunnel(FromTunnel::Up) => break,
+                Event::Tunnel(FromTunnel::Up(gateway)) => break gateway,
                 Event::Late => return Err(Stop::NoTunnel),
                 event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
                     watched.handle(event)?;
                 }
             }
-        }
+        };
+        say!("the session is with gateway {gateway}");
+        let granted = granted.via(gateway);
+        let (v4, v6) = granted.addresses().ok_or_else(none)?;
+        set_up_interface(v4.into(), v6.into()).map_err(system("set the tunnel's interface up"))?;
         report(events, BootState::TunnelUp)?;
         let life = Life::new(granted, jitter, Moment::now());
         Ok(TunnelUp { before, key, life, watched })

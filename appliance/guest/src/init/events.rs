@@ -187,8 +187,8 @@ mod tests {
         let mut events = Events::new(control, None).unwrap();
         events.add_tunnel(init).unwrap();
         host.send(&FromHost::Nudge);
-        tunnel.send(&FromTunnel::Up).unwrap();
-        assert!(matches!(events.next(soon()).unwrap(), Event::Tunnel(FromTunnel::Up)));
+        tunnel.send(&FromTunnel::Up(1)).unwrap();
+        assert!(matches!(events.next(soon()).unwrap(), Event::Tunnel(FromTunnel::Up(1))));
         assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::Nudge)));
     }
 

@@ -12,13 +12,20 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub(crate) const ISSUED_AT: u64 = 1_764_000_000;
 /// How long they last.
 pub(crate) const LIFE_S: u64 = 3600;
-/// The office's one gateway.
+/// The office's first gateway.
 pub(crate) const GATEWAY: u8 = 5;
 /// Its key.
 pub(crate) const GATEWAY_KEY: [u8; 32] = [9; 32];
 /// The guest's addresses there.
 pub(crate) const V4: Ipv4Addr = Ipv4Addr::new(10, 90, 0, 7);
 pub(crate) const V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 7);
+
+/// Its second one, where it has one.
+pub(crate) const SPARE: u8 = 6;
+pub(crate) const SPARE_KEY: [u8; 32] = [10; 32];
+/// The guest's IPv4 address there, and the one of its post.
+pub(crate) const SPARE_V4: Ipv4Addr = Ipv4Addr::new(10, 91, 0, 7);
+pub(crate) const SPARE_POST: Ipv4Addr = Ipv4Addr::new(10, 91, 0, 1);
 
 pub(crate) struct Office {
     root: SecretKey,
@@ -29,9 +36,15 @@ pub(crate) struct Office {
     pub(crate) keyset: Vec<u8>,
     pub(crate) tenant: Digest,
     device: Device,
+    has_spare: bool,
 }
 
 impl Office {
+    /// One with two gateways.
+    pub(crate) fn with_spare() -> Self {
+        Self { has_spare: true, ..Self::new() }
+    }
+
     pub(crate) fn new() -> Self {
         let key = || SecretKey::generate().unwrap();
         let (root, enrol, policy, lease) = (key(), key(), key(), key());
@@ -54,7 +67,7 @@ impl Office {
             share_id: "share-1".parse().unwrap(),
         };
         let keyset = sign::<KeysetKind>(&keyset.payload(), &[&root]);
-        Self { root, enrol, policy, lease, keyset, tenant, device }
+        Self { root, enrol, policy, lease, keyset, tenant, device, has_spare: false }
     }
 
     /// The second keyset, with the same keys.
@@ -113,6 +126,9 @@ impl Office {
             not_after: ISSUED_AT + LIFE_S,
             state: StateMode::Ephemeral,
         };
+        if self.has_spare {
+            lease.gateways.push(LeaseGateway { id: SPARE, v4: SPARE_V4, v6: V6 });
+        }
         change(&mut lease);
         LeaseParts {
             keysets: Vec::new(),
@@ -123,7 +139,14 @@ impl Office {
     }
 
     fn bundle(&self) -> Bundle {
-        Bundle {
+        let spare = self.has_spare.then(|| Gateway {
+            id: SPARE,
+            key: SPARE_KEY,
+            endpoints: vec!["192.0.2.2:51820".parse().unwrap()],
+            v4: SPARE_POST,
+            v6: Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2),
+        });
+        let mut bundle = Bundle {
             tenant: self.tenant,
             line: self.device.line.clone(),
             revision: 3,
@@ -146,7 +169,9 @@ impl Office {
                 resolvers: vec!["10.90.0.53".parse().unwrap()],
             },
             access: Access { destinations: Vec::new() },
-        }
+        };
+        bundle.gateways.extend(spare);
+        bundle
     }
 }
 

@@ -10,9 +10,10 @@
 //! counts its challenges, and why the answer to one challenge can never pass for the answer to another.
 
 use crate::clock::Moment;
-use crate::link::Configure;
+use crate::link::{Configure, Way};
+use kontor_bundle::Gateway;
 use kontor_bundle::lease::{Asked, Checked, LeaseError, MAX_WAIT_S, Parts, for_guest};
-use kontor_trust::{Digest, TrustedKeyset};
+use kontor_trust::{Digest, LeaseGateway, TrustedKeyset};
 use kontor_wire::control::{Challenge, LeaseParts};
 use kontor_wire::post::Newest;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -50,6 +51,8 @@ pub(crate) struct Fresh {
 #[derive(Debug)]
 pub(crate) struct Granted {
     checked: Checked,
+    /// The gateway that is used, one that the lease names; before there is a session, the first.
+    gateway: Option<u8>,
     asked_at: Moment,
     ends: Moment,
 }
@@ -121,7 +124,8 @@ impl Fresh {
         let untrusted = Parts { keysets, device, bundle, lease };
         let checked = for_guest(floor, &untrusted, &self.asked, built_at)?;
         let ends = self.asked_at.after(Duration::from_secs(checked.life_s()));
-        Ok(Granted { checked, asked_at: self.asked_at, ends })
+        let gateway = checked.lease.gateways.first().map(|gateway| gateway.id);
+        Ok(Granted { checked, gateway, asked_at: self.asked_at, ends })
     }
 }
 
@@ -156,8 +160,14 @@ impl Granted {
         Duration::from_secs(self.checked.bundle.lapse_off_s)
     }
 
-    /// Whether it can take the place of `before` without a new start, and brings nothing old back.
-    pub(crate) fn follows(&self, before: &Self) -> Result<(), RenewError> {
+    /// The same with the gateway that the session is with.
+    pub(crate) fn via(self, gateway: u8) -> Self {
+        Self { gateway: Some(gateway), ..self }
+    }
+
+    /// The same through the gateway of `before`, where it can take the place of that without a new start and
+    /// brings nothing old back.
+    pub(crate) fn follow(self, before: &Self) -> Result<Self, RenewError> {
         let (lease, old) = (&self.checked.lease, &before.checked.lease);
         if (lease.keyset_version, lease.revision) < (old.keyset_version, old.revision)
             || lease.revision < old.revision
@@ -165,11 +175,18 @@ impl Granted {
             return Err(RenewError::Older);
         }
         let way = |granted: &Self| {
-            let own = granted.checked.lease.gateways.first().cloned();
-            let gateway = own.as_ref().and_then(|own| granted.checked.bundle.gateway(own.id));
-            own.zip(gateway.map(|gateway| (gateway.key, gateway.v4)))
+            let (own, gateway) = granted.way()?;
+            Some((own.clone(), gateway.key, gateway.v4))
         };
-        if way(self) == way(before) { Ok(()) } else { Err(RenewError::Moved) }
+        let renewed = Self { gateway: before.gateway, ..self };
+        let same = way(&renewed).is_some_and(|new| way(before) == Some(new));
+        if same { Ok(renewed) } else { Err(RenewError::Moved) }
+    }
+
+    /// The gateway that is used: what the lease gives there, and what the bundle says of it.
+    fn way(&self) -> Option<(&LeaseGateway, &Gateway)> {
+        let own = self.checked.lease.gateways.iter().find(|own| Some(own.id) == self.gateway)?;
+        self.checked.bundle.gateway(own.id).map(|gateway| (own, gateway))
     }
 
     /// Compares the lease at `now` with the newest that the gateway knows.
@@ -191,30 +208,28 @@ impl Granted {
         }
     }
 
-    /// Where the primary gateway's post is: its own inner address, from the bundle.
+    /// Where the gateway's post is: its own inner address, from the bundle.
     pub(crate) fn post(&self) -> Option<Ipv4Addr> {
-        let own = self.checked.lease.gateways.first()?;
-        self.checked.bundle.gateway(own.id).map(|gateway| gateway.v4)
+        self.way().map(|(_, gateway)| gateway.v4)
     }
 
-    /// The inner addresses at the primary gateway, which is the first that the lease names.
+    /// The inner addresses at the gateway.
     pub(crate) fn addresses(&self) -> Option<(Ipv4Addr, Ipv6Addr)> {
-        self.checked.lease.gateways.first().map(|gateway| (gateway.v4, gateway.v6))
+        self.way().map(|(own, _)| (own.v4, own.v6))
     }
 
-    /// What the tunnel is told: the gateway's key from the bundle, and this boot's own. The secret is
-    /// given away and exists in this process no more once the result is dropped.
+    /// What the tunnel is told: the keys of the lease's gateways from the bundle, and this boot's own. The
+    /// secret is given away and exists in this process no more once the result is dropped.
     pub(crate) fn configure(&self, secret: BootSecret) -> Option<Configure> {
-        let own = self.checked.lease.gateways.first()?;
-        let gateway = self.checked.bundle.gateway(own.id)?;
-        Some(Configure {
-            private_key: secret.0.to_bytes(),
-            gateway: gateway.id,
-            gateway_key: gateway.key,
-            v4: own.v4,
-            v6: own.v6,
-            keepalive_s: KEEPALIVE_S,
-        })
+        let named = self.checked.lease.gateways.iter();
+        let gateways: Vec<Way> = named
+            .filter_map(|own| self.checked.bundle.gateway(own.id))
+            .map(|gateway| Way { gateway: gateway.id, key: gateway.key })
+            .collect();
+        if gateways.is_empty() {
+            return None;
+        }
+        Some(Configure { private_key: secret.0.to_bytes(), gateways, keepalive_s: KEEPALIVE_S })
     }
 }
 
@@ -236,7 +251,9 @@ fn random() -> io::Result<[u8; 32]> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::init::fixture::{GATEWAY, GATEWAY_KEY, ISSUED_AT, LIFE_S, Office, V4, V6};
+    use crate::init::fixture::{
+        GATEWAY, GATEWAY_KEY, ISSUED_AT, LIFE_S, Office, SPARE, SPARE_KEY, SPARE_POST, SPARE_V4, V4, V6,
+    };
 
     const ROOT: Digest = Digest([3; 32]);
 
@@ -272,8 +289,7 @@ pub(crate) mod tests {
         let granted = fresh.verify(office.answer(&challenge), &office.floor(), ISSUED_AT).unwrap();
         assert_eq!(granted.addresses(), Some((V4, V6)));
         let configure = granted.configure(secret).unwrap();
-        assert_eq!((configure.gateway, configure.gateway_key), (GATEWAY, GATEWAY_KEY));
-        assert_eq!((configure.v4, configure.v6), (V4, V6));
+        assert_eq!(configure.gateways, [Way { gateway: GATEWAY, key: GATEWAY_KEY }]);
         let secret = StaticSecret::from(configure.private_key);
         assert_eq!(PublicKey::from(&secret).to_bytes(), challenge.boot_key);
     }
@@ -366,17 +382,42 @@ pub(crate) mod tests {
     fn renewal_to_another_place_or_back_in_time_does_not_follow() {
         let office = Office::new();
         let before = granted(&office);
-        assert!(granted(&office).follows(&before).is_ok());
+        assert!(granted(&office).follow(&before).is_ok());
         let (_, challenge, fresh) = asked(&office);
         let answer = office.answer_with(&challenge, |lease| {
             lease.gateways[0].v4 = Ipv4Addr::new(10, 90, 0, 8);
         });
         let moved = fresh.verify(answer, &office.floor(), ISSUED_AT).unwrap();
-        assert!(matches!(moved.follows(&before), Err(RenewError::Moved)));
+        assert!(matches!(moved.follow(&before), Err(RenewError::Moved)));
         let (_, challenge, fresh) = asked(&office);
         let newer = fresh.verify(office.answer_on(4, &challenge), &office.floor(), ISSUED_AT).unwrap();
-        assert!(newer.follows(&before).is_ok());
-        assert!(matches!(before.follows(&newer), Err(RenewError::Older)));
+        let newer = newer.follow(&before).unwrap();
+        assert!(matches!(before.follow(&newer), Err(RenewError::Older)));
+    }
+
+    #[test]
+    fn lease_of_two_gateways_is_used_and_renewed_through_the_one_that_answered() {
+        let office = Office::with_spare();
+        let (secret, challenge, fresh) = asked(&office);
+        let granted = fresh.verify(office.answer(&challenge), &office.floor(), ISSUED_AT).unwrap();
+        let configure = granted.configure(secret).unwrap();
+        let ways = [(GATEWAY, GATEWAY_KEY), (SPARE, SPARE_KEY)];
+        assert_eq!(configure.gateways, ways.map(|(gateway, key)| Way { gateway, key }));
+        assert_eq!(granted.addresses(), Some((V4, V6)));
+        let granted = granted.via(SPARE);
+        assert_eq!(granted.addresses(), Some((SPARE_V4, V6)));
+        assert_eq!(granted.post(), Some(SPARE_POST));
+        // The renewed lease names the primary first, and is used through the spare all the same.
+        let (_, challenge, fresh) = asked(&office);
+        let renewed = fresh.verify(office.answer(&challenge), &office.floor(), ISSUED_AT).unwrap();
+        let renewed = renewed.follow(&granted).unwrap();
+        assert_eq!(renewed.addresses(), Some((SPARE_V4, V6)));
+        // One that does not name it is no way on, and none that a session was ever with is invented.
+        let (_, challenge, fresh) = asked(&office);
+        let answer = office.answer_with(&challenge, |lease| lease.gateways.truncate(1));
+        let without = fresh.verify(answer, &office.floor(), ISSUED_AT).unwrap();
+        assert!(matches!(without.follow(&renewed), Err(RenewError::Moved)));
+        assert_eq!(renewed.via(77).addresses(), None);
     }
 
     #[test]

@@ -265,7 +265,7 @@ impl Life {
         match std::mem::replace(&mut self.renewal, Renewal::Overdue) {
             Renewal::Asking(fresh) if now < fresh.until() => {
                 let granted = fresh.verify(untrusted, floor, built_at).map_err(RenewError::from);
-                match granted.and_then(|lease| lease.follows(&self.lease).map(|()| lease)) {
+                match granted.and_then(|lease| lease.follow(&self.lease)) {
                     Ok(lease) => {
                         let until = now.after(CONFIRM_MAX);
                         self.renewal = Renewal::Confirming { lease: Box::new(lease), until };

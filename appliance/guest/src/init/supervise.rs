@@ -34,7 +34,7 @@ impl Watched {
             Event::Host(message) => Self::host(&message),
             Event::Child(pid, status) => self.child(pid, status),
             Event::Tunnel(FromTunnel::Failed(fault)) => Err(Stop::Tunnel(fault)),
-            Event::Tunnel(message @ (FromTunnel::Ready | FromTunnel::Up | FromTunnel::Down)) => {
+            Event::Tunnel(message @ (FromTunnel::Ready | FromTunnel::Up(_) | FromTunnel::Down)) => {
                 say!("tunnel: {message:?}");
                 Ok(())
             }
@@ -115,7 +115,9 @@ pub(crate) fn attend(
                 life.leased(untrusted, lessee.floor, lessee.line.built_at, now)?;
             }
             Event::Host(FromHost::Hello { .. } | FromHost::PowerOff)
-            | Event::Tunnel(FromTunnel::Ready | FromTunnel::Up | FromTunnel::Down | FromTunnel::Failed(_))
+            | Event::Tunnel(
+                FromTunnel::Ready | FromTunnel::Up(_) | FromTunnel::Down | FromTunnel::Failed(_),
+            )
             | Event::Child(..) => watched.handle(event)?,
         }
     }

@@ -6,7 +6,7 @@
 
 use super::uplink::{Losses, Rest, Uplink};
 use crate::clock::timespec;
-use crate::link::{Configure, FromTunnel, Link, LinkError, ToTunnel};
+use crate::link::{Configure, FromTunnel, Link, LinkError, ToTunnel, Way};
 use kontor_vpn::{
     AddPeerError, Config, ConfigError, DATAGRAM_MAX, HANDSHAKES_PER_S, MTU_MAX, PeerConfig, PeerId,
     PublicKey, Routes, Start, StaticSecret, Traffic, Tunnel,
@@ -15,12 +15,15 @@ use kontor_wire::uplink::GatewayId;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::io::{Errno, read, write};
 use rustix::rand::{GetRandomFlags, getrandom};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Packets taken from the interface in one round.
 const PACKETS_MAX: usize = 64;
+/// How long the first gateway is waited for before the next is asked too (`lease.md` 19).
+const SPARE_AFTER: Duration = Duration::from_secs(3);
 /// Least time between two words to init that the gateway was heard.
 const HEARD_EVERY: Duration = Duration::from_secs(1);
 /// What the relay takes for WireGuard's is what the core makes.
@@ -94,12 +97,28 @@ impl std::fmt::Display for Summary {
     }
 }
 
-/// The core, and what init was last told of it.
+/// The gateways, and what init was last told of them.
 struct Session {
-    tunnel: Tunnel<GatewayId>,
-    peer: PeerId,
+    /// Those that are asked for a session, best first; once one has answered, that one alone.
+    asked: Vec<Gateway>,
+    /// Those that are not asked yet, and when the next one is.
+    spare: VecDeque<Way>,
+    spare_at: Instant,
+    private_key: StaticSecret,
+    keepalive_s: u16,
+    /// Whether the one that is left is the one that answered.
+    settled: bool,
     up: bool,
     heard_at: Option<Instant>,
+    /// Datagrams from gateways that are not asked.
+    strangers: u64,
+}
+
+/// The core, for one gateway. Each has its own, so that no message of one counts for another.
+struct Gateway {
+    id: GatewayId,
+    tunnel: Tunnel<GatewayId>,
+    peer: PeerId,
 }
 
 impl<'l, U: Uplink> Engine<'l, U> {
@@ -127,11 +146,15 @@ impl<'l, U: Uplink> Engine<'l, U> {
 
     fn summary(&self) -> Summary {
         let (uplink, refused) = (self.uplink.losses(), self.refused);
-        let Some(Session { tunnel, peer, .. }) = &self.session else {
+        let Some(session) = &self.session else {
             return Summary { uplink, refused, ..Summary::default() };
         };
-        let drops = tunnel.drops().iter().filter(|(_, count)| *count > 0);
-        let drops = drops.map(|(reason, count)| (reason.name(), count)).collect();
+        let strangers = Some(("strange gateway", session.strangers));
+        let Some(Gateway { tunnel, peer, .. }) = session.asked.first() else {
+            return Summary { uplink, refused, ..Summary::default() };
+        };
+        let drops = tunnel.drops().iter().map(|(reason, count)| (reason.name(), count));
+        let drops = drops.chain(strangers).filter(|(_, count)| *count > 0).collect();
         let traffic = tunnel.status(*peer).map(|status| status.traffic).unwrap_or_default();
         Summary { traffic, uplink, refused, drops }
     }
@@ -140,6 +163,11 @@ impl<'l, U: Uplink> Engine<'l, U> {
         while let Some(message) = self.link.receive().map_err(EngineError::Link)? {
             match message {
                 ToTunnel::Configure(configure) => self.configure(&configure)?,
+                ToTunnel::Reconnect => {
+                    if let Some(session) = &mut self.session {
+                        session.reconnect(Instant::now());
+                    }
+                }
                 ToTunnel::Close => return Ok(Go::Close),
             }
         }
@@ -148,10 +176,14 @@ impl<'l, U: Uplink> Engine<'l, U> {
         let now = Instant::now();
         self.uplink_rest = from_uplink(session, &mut self.uplink, &self.tun, &mut self.refused, now)?;
         self.tun_rest = from_tun(session, &mut self.uplink, &self.tun, now)?;
-        session.tunnel.handle_timers(now);
+        session.settle();
+        session.ask_spare(now)?;
         let mut out = [0; DATAGRAM_MAX];
-        while let Some(transmit) = session.tunnel.poll_transmit(&mut out) {
-            self.uplink.push(transmit.to, &out[..transmit.len]);
+        for Gateway { tunnel, .. } in &mut session.asked {
+            tunnel.handle_timers(now);
+            while let Some(transmit) = tunnel.poll_transmit(&mut out) {
+                self.uplink.push(transmit.to, &out[..transmit.len]);
+            }
         }
         self.uplink.send_batch().map_err(EngineError::Uplink)?;
         while let Some(news) = session.news() {
@@ -179,47 +211,68 @@ impl<'l, U: Uplink> Engine<'l, U> {
 
     /// How long there is nothing to do unless something happens.
     fn left(&self) -> Option<Duration> {
-        let packets = self.tun_rest == Rest::More && self.uplink.has_room();
+        let carried = self.session.as_ref().is_some_and(|session| session.settled);
+        let packets = self.tun_rest == Rest::More && carried && self.uplink.has_room();
         if packets || self.uplink_rest == Rest::More {
             return Some(Duration::ZERO);
         }
-        let due = self.session.as_ref()?.tunnel.next_timeout()?;
+        let session = self.session.as_ref()?;
+        let spare = (!session.spare.is_empty()).then_some(session.spare_at);
+        let due =
+            session.asked.iter().filter_map(|gateway| gateway.tunnel.next_timeout()).chain(spare).min()?;
         Some(due.saturating_duration_since(Instant::now()))
     }
 }
 
 impl Session {
     fn new(configure: &Configure, now: Instant) -> Result<Self, EngineError> {
-        let mut seed = [0; 32];
-        let filled = getrandom(&mut seed, GetRandomFlags::empty())
-            .map_err(|error| EngineError::Random(error.into()))?;
-        if filled < seed.len() {
-            return Err(EngineError::Random(io::ErrorKind::UnexpectedEof.into()));
-        }
-        let config = Config {
+        let mut session = Self {
+            asked: Vec::new(),
+            spare: configure.gateways.iter().copied().collect(),
+            spare_at: now,
             private_key: StaticSecret::from(configure.private_key),
-            mtu: MTU_MAX,
-            handshakes_per_s_max: HANDSHAKES_PER_S,
-            peers_max: 1,
-            seed,
+            keepalive_s: configure.keepalive_s,
+            settled: false,
+            up: false,
+            heard_at: None,
+            strangers: 0,
         };
-        let mut tunnel = Tunnel::new(config, now).map_err(EngineError::Config)?;
-        let gateway = PeerConfig {
-            public_key: PublicKey::from(configure.gateway_key),
-            routes: Routes::Everything,
-            start: Start::Connect(GatewayId(configure.gateway)),
-            keepalive_s: Some(configure.keepalive_s),
-        };
-        let peer = tunnel.add_peer(&gateway, now).map_err(EngineError::Gateway)?;
-        Ok(Self { tunnel, peer, up: false, heard_at: None })
+        session.ask_spare(now)?;
+        Ok(session)
+    }
+
+    /// Asks the next gateway for a session when it is time.
+    fn ask_spare(&mut self, now: Instant) -> Result<(), EngineError> {
+        if now < self.spare_at {
+            return Ok(());
+        }
+        if let Some(way) = self.spare.pop_front() {
+            self.asked.push(Gateway::new(way, &self.private_key, self.keepalive_s, now)?);
+            self.spare_at = now + SPARE_AFTER;
+        }
+        Ok(())
+    }
+
+    /// Keeps the first gateway that has answered, if one has, and forgets the others for good.
+    fn settle(&mut self) {
+        if self.settled {
+            return;
+        }
+        let Some(first) = self.asked.iter().position(Gateway::is_established) else { return };
+        self.asked.swap(0, first);
+        self.asked.truncate(1);
+        self.spare.clear();
+        self.settled = true;
     }
 
     /// What init does not know yet.
     fn news(&mut self) -> Option<FromTunnel> {
-        let status = self.tunnel.status(self.peer)?;
+        self.settle();
+        let gateway = self.asked.first().filter(|_| self.settled)?;
+        let status = gateway.tunnel.status(gateway.peer)?;
         if status.established != self.up {
             self.up = status.established;
-            return Some(if self.up { FromTunnel::Up } else { FromTunnel::Down });
+            return Some(if self.up { FromTunnel::Up(gateway.id.0) } else { FromTunnel::Down });
         }
         let received = status.last_received?;
         if self.heard_at.is_none_or(|heard| received >= heard + HEARD_EVERY) {
@@ -227,6 +280,55 @@ impl Session {
             return Some(FromTunnel::Heard);
         }
         None
+    }
+
+    /// The gateway that packets go to.
+    fn carrier(&mut self) -> Option<&mut Gateway> {
+        self.asked.first_mut().filter(|_| self.settled)
+    }
+
+    /// Drops every session and asks again, as after a sleep.
+    fn reconnect(&mut self, now: Instant) {
+        for Gateway { tunnel, peer, .. } in &mut self.asked {
+            tunnel.reconnect(*peer, now);
+        }
+    }
+}
+
+impl Gateway {
+    fn new(
+        way: Way,
+        private_key: &StaticSecret,
+        keepalive_s: u16,
+        now: Instant,
+    ) -> Result<Self, EngineError> {
+        let mut seed = [0; 32];
+        let filled = getrandom(&mut seed, GetRandomFlags::empty())
+            .map_err(|error| EngineError::Random(error.into()))?;
+        if filled < seed.len() {
+            return Err(EngineError::Random(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let config = Config {
+            private_key: private_key.clone(),
+            mtu: MTU_MAX,
+            handshakes_per_s_max: HANDSHAKES_PER_S,
+            peers_max: 1,
+            seed,
+        };
+        let mut tunnel = Tunnel::new(config, now).map_err(EngineError::Config)?;
+        let id = GatewayId(way.gateway);
+        let gateway = PeerConfig {
+            public_key: PublicKey::from(way.key),
+            routes: Routes::Everything,
+            start: Start::Connect(id),
+            keepalive_s: Some(keepalive_s),
+        };
+        let peer = tunnel.add_peer(&gateway, now).map_err(EngineError::Gateway)?;
+        Ok(Self { id, tunnel, peer })
+    }
+
+    fn is_established(&self) -> bool {
+        self.tunnel.status(self.peer).is_some_and(|status| status.established)
     }
 }
 
@@ -240,8 +342,12 @@ fn from_uplink(
     let mut out = [0; DATAGRAM_MAX];
     let mut broken = None;
     let rest = uplink.recv_batch(&mut |from, datagram| {
+        let Some(gateway) = session.asked.iter_mut().find(|gateway| gateway.id == from) else {
+            session.strangers += 1;
+            return;
+        };
         // What is dropped is counted by the core.
-        let Ok(Some(received)) = session.tunnel.handle_datagram(from, datagram, &mut out, now) else {
+        let Ok(Some(received)) = gateway.tunnel.handle_datagram(from, datagram, &mut out, now) else {
             return;
         };
         match write(tun, received.packet) {
@@ -265,6 +371,8 @@ fn from_tun(
 ) -> Result<Rest, EngineError> {
     let mut packet = [0; PACKET_BUFFER];
     let mut out = [0; DATAGRAM_MAX];
+    // Until a gateway has answered there is none that a packet could be for.
+    let Some(Gateway { tunnel, .. }) = session.carrier() else { return Ok(Rest::More) };
     for _ in 0..PACKETS_MAX {
         if !uplink.has_room() {
             return Ok(Rest::More);
@@ -276,7 +384,7 @@ fn from_tun(
             Err(error) => return Err(EngineError::Tun(error.into())),
         };
         // What is dropped is counted by the core.
-        if let Ok(Some(transmit)) = session.tunnel.handle_packet(&packet[..length], &mut out, now) {
+        if let Ok(Some(transmit)) = tunnel.handle_packet(&packet[..length], &mut out, now) {
             uplink.push(transmit.to, &out[..transmit.len]);
         }
     }
@@ -296,6 +404,8 @@ pub(super) mod tests {
 
     const GATEWAY: u8 = 5;
     const GATEWAY_SECRET: [u8; 32] = [9; 32];
+    const SPARE: u8 = 6;
+    const SPARE_SECRET: [u8; 32] = [10; 32];
     const GUEST_SECRET: [u8; 32] = [8; 32];
     const V4: Ipv4Addr = Ipv4Addr::new(10, 90, 0, 7);
 
@@ -306,10 +416,7 @@ pub(super) mod tests {
     fn configure() -> ToTunnel {
         ToTunnel::Configure(Configure {
             private_key: GUEST_SECRET,
-            gateway: GATEWAY,
-            gateway_key: public(GATEWAY_SECRET).to_bytes(),
-            v4: V4,
-            v6: Ipv6Addr::LOCALHOST,
+            gateways: vec![Way { gateway: GATEWAY, key: public(GATEWAY_SECRET).to_bytes() }],
             keepalive_s: 25,
         })
     }
@@ -332,6 +439,8 @@ pub(super) mod tests {
         decoder: PortDecoder,
         /// Of a frame that was read.
         datagrams: VecDeque<(u8, Vec<u8>)>,
+        /// The gateway that is there; others do not answer.
+        answers: u8,
         gateway: Tunnel<u8>,
     }
 
@@ -351,8 +460,16 @@ pub(super) mod tests {
             uplink.set_nonblocking(true).unwrap();
             interface.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             wire.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let gateway = Self::gateway(GATEWAY_SECRET);
+            let (decoder, datagrams) = (PortDecoder::new(), VecDeque::new());
+            let world = Self { init, interface, wire, decoder, datagrams, answers: GATEWAY, gateway };
+            (world, Ends { uplink: uplink.into(), tun: tun.into(), link })
+        }
+
+        /// A gateway that admits the guest.
+        fn gateway(secret: [u8; 32]) -> Tunnel<u8> {
             let config = Config {
-                private_key: StaticSecret::from(GATEWAY_SECRET),
+                private_key: StaticSecret::from(secret),
                 mtu: MTU_MAX,
                 handshakes_per_s_max: HANDSHAKES_PER_S,
                 peers_max: 1,
@@ -366,15 +483,7 @@ pub(super) mod tests {
                 keepalive_s: None,
             };
             gateway.add_peer(&guest, Instant::now()).unwrap();
-            let world = Self {
-                init,
-                interface,
-                wire,
-                decoder: PortDecoder::new(),
-                datagrams: VecDeque::new(),
-                gateway,
-            };
-            (world, Ends { uplink: uplink.into(), tun: tun.into(), link })
+            gateway
         }
 
         pub(in super::super) fn heard(&self) -> FromTunnel {
@@ -406,7 +515,9 @@ pub(super) mod tests {
                 let count = self.wire.read(self.decoder.space()).unwrap();
                 self.decoder.advance(count);
             };
-            assert_eq!(from, GATEWAY);
+            if from != self.answers {
+                return None;
+            }
             let received = self.gateway.handle_datagram(from, &datagram, &mut out, Instant::now()).unwrap();
             let packet = received.map(|received| received.packet.to_vec());
             while let Some(transmit) = self.gateway.poll_transmit(&mut out) {
@@ -419,13 +530,13 @@ pub(super) mod tests {
         pub(in super::super) fn shake_hands(&mut self) {
             self.init.send(&configure()).unwrap();
             assert!(self.gateway_takes_a_frame().is_none());
-            assert_eq!(self.heard(), FromTunnel::Up);
+            assert_eq!(self.heard(), FromTunnel::Up(GATEWAY));
             assert_eq!(self.heard(), FromTunnel::Heard);
         }
 
         fn send_frame(&mut self, datagram: &[u8]) {
             let mut frame = Vec::new();
-            encode_port(GatewayId(GATEWAY), datagram.len(), datagram, &mut frame).unwrap();
+            encode_port(GatewayId(self.answers), datagram.len(), datagram, &mut frame).unwrap();
             self.wire.write_all(&frame).unwrap();
         }
 
@@ -466,6 +577,98 @@ pub(super) mod tests {
         assert_eq!(summary.to_string(), "received 1 sent 1 dropped 0 malformed 0 refused 0");
     }
 
+    fn configure_both() -> ToTunnel {
+        let ToTunnel::Configure(mut both) = configure() else { panic!("no configuration") };
+        both.gateways.push(Way { gateway: SPARE, key: public(SPARE_SECRET).to_bytes() });
+        ToTunnel::Configure(both)
+    }
+
+    /// The gateways that datagrams of the guest are for, up to the first for `last`, which stays to be taken.
+    fn asked_until(world: &mut World, last: u8) -> Vec<u8> {
+        let mut asked = Vec::new();
+        loop {
+            while let Some((to, _)) = world.datagrams.front() {
+                asked.push(*to);
+                if *to == last {
+                    return asked;
+                }
+                world.datagrams.pop_front();
+            }
+            while let Some(frame) = world.decoder.next_frame().unwrap() {
+                let to = frame.gateway().0;
+                world.datagrams.extend(frame.segments().map(|datagram| (to, datagram.to_vec())));
+            }
+            if world.datagrams.is_empty() {
+                let count = world.wire.read(world.decoder.space()).unwrap();
+                world.decoder.advance(count);
+            }
+        }
+    }
+
+    #[test]
+    fn second_gateway_is_asked_after_three_seconds_and_carries_when_the_first_is_silent() {
+        let (mut world, engine) = running();
+        (world.answers, world.gateway) = (SPARE, World::gateway(SPARE_SECRET));
+        let begin = Instant::now();
+        world.init.send(&configure_both()).unwrap();
+        let asked = asked_until(&mut world, SPARE);
+        let waited = begin.elapsed();
+        assert!(waited >= SPARE_AFTER && waited < 2 * SPARE_AFTER, "{waited:?}");
+        assert!(asked.len() > 4, "the first is asked again and again: {asked:?}");
+        assert!(world.gateway_takes_a_frame().is_none());
+        assert_eq!(world.heard(), FromTunnel::Up(SPARE));
+        assert_eq!(world.heard(), FromTunnel::Heard);
+        world.exchange();
+        // The first gateway comes too late: nothing of it is looked at any more.
+        let mut late = Vec::new();
+        encode_port(GatewayId(GATEWAY), 92, &[2; 92], &mut late).unwrap();
+        world.wire.write_all(&late).unwrap();
+        world.exchange();
+        world.init.send(&ToTunnel::Close).unwrap();
+        let summary = engine.join().unwrap().unwrap();
+        assert_eq!(summary.drops, [("strange gateway", 1)]);
+        assert_eq!((summary.traffic.rx_packets, summary.traffic.tx_packets), (2, 2));
+    }
+
+    #[test]
+    fn second_gateway_is_left_alone_when_the_first_answers() {
+        let (mut world, engine) = running();
+        world.init.send(&configure_both()).unwrap();
+        assert!(world.gateway_takes_a_frame().is_none());
+        assert_eq!(world.heard(), FromTunnel::Up(GATEWAY));
+        let until = Instant::now() + SPARE_AFTER + Duration::from_millis(500);
+        world.wire.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        while Instant::now() < until {
+            match world.wire.read(world.decoder.space()) {
+                Ok(count) => world.decoder.advance(count),
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+            while let Some(frame) = world.decoder.next_frame().unwrap() {
+                assert_eq!(frame.gateway(), GatewayId(GATEWAY));
+            }
+        }
+        world.init.send(&ToTunnel::Close).unwrap();
+        engine.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn reconnecting_drops_the_session_and_opens_another_at_once() {
+        let (mut world, engine) = running();
+        world.shake_hands();
+        world.exchange();
+        world.init.send(&ToTunnel::Reconnect).unwrap();
+        // The gateway is asked anew, long before the old session's two minutes are over.
+        let mut initiation = false;
+        while !initiation {
+            asked_until(&mut world, GATEWAY);
+            initiation = world.datagrams.front().unwrap().1[0] == 1;
+            assert!(world.gateway_takes_a_frame().is_none());
+        }
+        world.exchange();
+        world.init.send(&ToTunnel::Close).unwrap();
+        engine.join().unwrap().unwrap();
+    }
+
     #[test]
     fn nothing_is_read_before_there_is_a_key() {
         let (world, engine) = running();
@@ -503,7 +706,7 @@ pub(super) mod tests {
     fn gateway_key_of_low_order_ends_the_tunnel() {
         let (world, engine) = running();
         let ToTunnel::Configure(mut bad) = configure() else { panic!("no configuration") };
-        bad.gateway_key = [0; 32];
+        bad.gateways[0].key = [0; 32];
         world.init.send(&ToTunnel::Configure(bad)).unwrap();
         assert!(matches!(engine.join().unwrap(), Err(EngineError::Gateway(AddPeerError::BadKey))));
     }
