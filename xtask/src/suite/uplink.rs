@@ -16,6 +16,7 @@ type Named = (&'static str, fn(&mut Stage) -> Outcome);
 
 /// Each starts a work VM of its own and sees it stop.
 pub(super) const TRIALS: &[Named] = &[
+    ("page_is_read_through_the_second_gateway_when_the_first_is_down", second_gateway),
     ("killed_tunnel_ends_the_work_vm_in_mid_transfer_with_the_reason", killed_tunnel),
     ("root_who_drives_the_uplink_alone_gets_nothing_past_the_relay", alone),
     ("flood_of_garbage_is_stopped_with_the_reason", |stage| flood(stage, "flood-of-garbage", GARBAGE)),
@@ -45,6 +46,18 @@ pub(super) fn tap(stage: &mut Stage) -> Outcome {
         return Ok(());
     }
     Err(format!("{} markers in the tap of {} bytes; {}", seen.len(), tap.len(), status["relay"]).into())
+}
+
+/// The first gateway does not answer: after three seconds the second is asked, and carries.
+fn second_gateway(stage: &mut Stage) -> Outcome {
+    let office = &mut stage.scene()?.office;
+    office.kill_gateway().map_err(words)?;
+    office.start_spare().map_err(words)?;
+    let read = starts(stage).and_then(|()| page_is_read(stage)).and_then(|()| super::closes(stage));
+    let office = &mut stage.scene()?.office;
+    office.kill_spare().map_err(words)?;
+    office.start_gateway().map_err(words)?;
+    read
 }
 
 /// The tunnel is gone while a file comes: nothing goes on without it, and the host hears why.
