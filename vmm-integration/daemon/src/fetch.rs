@@ -14,7 +14,7 @@ use crate::{
     exit::Exit,
     host,
     slots::MANIFEST,
-    store::{Store, StoreError, io_error},
+    store::{Store, StoreError, io_error, is_full},
 };
 use futures_core::Stream;
 use kontor_release::{Digest, MAX_MANIFEST, Manifest, ManifestError, Piece};
@@ -137,11 +137,6 @@ pub(crate) fn store_exit(error: &StoreError) -> Exit {
         return if is_full(source) { Exit::HostLacks } else { Exit::Failed };
     }
     if matches!(error, StoreError::Busy(_)) { Exit::Failed } else { Exit::NotVerified }
-}
-
-/// Whether there is no room for more.
-pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// A full disk and a file that is not there are told from what does not verify.

@@ -9,8 +9,8 @@
 
 use crate::{
     exit::Exit,
-    fetch::{FetchError, Offer, is_full, store_exit},
-    store::{Store, StoreError, io_error, not_older, read, sync_parent},
+    fetch::{FetchError, Offer, store_exit},
+    store::{Store, StoreError, io_error, is_full, not_older, read, sync_parent},
 };
 use kontor_release::{Digest, MAX_MANIFEST, Manifest, ManifestError, Piece};
 use kontor_repository::{MANIFEST_SUFFIX, MAX_ROLE, Metadata, MetadataError, Target, gather, verify};

@@ -15,7 +15,7 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// None was started since kontord runs.
+    /// None was started since kontord runs, and the last one before that was seen to its end.
     Off,
     /// The release is being verified, relay and QEMU are being started.
     Starting,

@@ -7,6 +7,7 @@
 //! slots/A/                the installed release
 //! kvm.json                whether KVM ran a guest when it was last tried
 //! fetched/                the newest release metadata that was ever fetched
+//! running                 the host's boot in which a machine was started that was not seen to its end
 //! console.log             what the guest's console said
 //! lock                    held while memory or host key change
 //! slots.lock              held while a release is installed
@@ -22,9 +23,9 @@ mod error;
 mod files;
 
 pub use error::StoreError;
-pub(crate) use files::{io_error, read, sync_parent};
+pub(crate) use files::{io_error, is_full, read, sync_parent};
 
-use crate::host::KvmVerdict;
+use crate::{console, host::KvmVerdict};
 use files::replace;
 use kontor_bundle::{
     Bundle,
@@ -143,6 +144,21 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const MEMORY: &str = "memory.json";
 /// What trying KVM came to.
 const KVM_VERDICT: &str = "kvm.json";
+/// Stands while a machine runs.
+const RUNNING: &str = "running";
+/// Least room for a start: two console logs, `memory.json` with the one that replaces it, and some.
+pub const ROOM: u64 = 2 << 20;
+
+const _: () = assert!(ROOM >= 2 * console::LOG_MAX + 2 * MEMORY_MAX);
+
+/// What took down a machine that nobody saw to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CutShort {
+    /// The end of kontord, which the host outlived.
+    Kontord,
+    /// The end of the host's boot.
+    Host,
+}
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -287,6 +303,51 @@ impl Store {
         let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
         let verdict = serde_json::to_vec(&OfBoot { boot, verdict }).expect("text and numbers serialize");
         replace(&self.dir.join(KVM_VERDICT), &verdict)
+    }
+
+    /// Takes note that a machine is about to run.
+    ///
+    /// # Errors
+    /// [`StoreError`] names the file.
+    pub(crate) fn mark_running(&self) -> Result<(), StoreError> {
+        let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
+        replace(&self.dir.join(RUNNING), boot.as_bytes())
+    }
+
+    /// Takes note that the machine was seen to its end.
+    ///
+    /// # Errors
+    /// [`StoreError`] names the file.
+    pub(crate) fn clear_running(&self) -> Result<(), StoreError> {
+        let path = self.dir.join(RUNNING);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &path)(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// What took down a machine that nobody saw to its end, if the last one was such.
+    #[must_use]
+    pub fn cut_short(&self) -> Option<CutShort> {
+        let then = read(&self.dir.join(RUNNING), SMALL_MAX).ok()?;
+        let same = boot_id().is_ok_and(|boot| boot.as_bytes() == then);
+        Some(if same { CutShort::Kontord } else { CutShort::Host })
+    }
+
+    /// Whether a machine could keep here what it has to while it runs.
+    ///
+    /// # Errors
+    /// [`StoreError`] of a full disk when there is less room than [`ROOM`].
+    pub(crate) fn require_room(&self) -> Result<(), StoreError> {
+        let check = || {
+            let disk = rustix::fs::statvfs(&self.dir)?;
+            if disk.f_bavail.saturating_mul(disk.f_frsize) < ROOM {
+                let words = format!("no space left for a work VM, which needs {ROOM} bytes");
+                return Err(io::Error::new(io::ErrorKind::StorageFull, words));
+            }
+            Ok(())
+        };
+        check().map_err(io_error("write in", &self.dir))
     }
 
     /// The highest versions ever seen; all zero before anything was.

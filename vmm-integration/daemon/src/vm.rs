@@ -23,6 +23,7 @@ use crate::{
     session::{Action, Input, Session, Times},
     slots::Ready,
     status::{Release, Status, milliseconds},
+    store::is_full,
 };
 use kontor_relay::message::Counters;
 use kontor_wire::control::FromGuest;
@@ -67,8 +68,14 @@ pub enum VmError {
     #[error("make the channels of the work VM")]
     Channels(#[source] io::Error),
     /// The console log.
-    #[error("open the console log")]
-    ConsoleLog(#[source] io::Error),
+    #[error("open the console log {path}")]
+    ConsoleLog {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The tap.
     #[error("open the tap {path}")]
     Tap {
@@ -115,8 +122,13 @@ impl VmError {
                 Exit::HostLacks
             }
             Self::NoJail(_) | Self::Relay(RelayStartError::NoJail(_)) => Exit::HostLacks,
+            Self::ConsoleLog { source, .. } | Self::Tap { source, .. } | Self::Probe { source, .. }
+                if is_full(source) =>
+            {
+                Exit::HostLacks
+            }
             Self::Channels(_)
-            | Self::ConsoleLog(_)
+            | Self::ConsoleLog { .. }
             | Self::Tap { .. }
             | Self::Probe { .. }
             | Self::Relay(_)

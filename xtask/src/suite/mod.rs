@@ -1,6 +1,7 @@
 //! The tests that need a real work VM: one machine for all that can share it.
 
 mod jail;
+mod kills;
 mod lease;
 mod tamper;
 mod thread;
@@ -94,6 +95,10 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     add("work_vm_closes_when_asked_and_leaves_no_process", thread::closes);
     for (name, trial) in uplink::TRIALS {
         add(name, *trial);
+    }
+    let uplink = lock(shared).plan.uplink;
+    for (name, trial) in kills::trials(uplink) {
+        add(name, trial);
     }
     add("changed_root_image_stops_the_work_vm", tamper::changed_root);
     add("work_vm_starts_again", thread::starts);

@@ -67,7 +67,10 @@ impl Vm {
     pub(super) async fn start(plan: Plan, inputs: mpsc::Sender<Input>) -> Result<Self, VmError> {
         let Plan { machine, ready, qemu: program, relay, jail, console_log, probe_socket, tap, times: _ } =
             plan;
-        let console_file = Console::open(&console_log).map_err(VmError::ConsoleLog)?;
+        let console_file = match Console::open(&console_log) {
+            Ok(file) => file,
+            Err(source) => return Err(VmError::ConsoleLog { path: console_log, source }),
+        };
         let (console, console_theirs) = pair()?;
         let (qmp, qmp_theirs) = pair()?;
         let (control, control_theirs) = pair()?;
@@ -330,19 +333,23 @@ async fn write_control(mut to: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8
 
 async fn read_console(mut from: UnixStream, mut console: Console, inputs: mpsc::Sender<Input>) {
     let mut chunk = [0; CHUNK_MAX];
+    // Said once: how often the guest writes is the guest's to choose.
+    let mut complained = false;
     loop {
         let count = match from.read(&mut chunk).await {
             Ok(0) | Err(_) => return,
             Ok(count) => count,
         };
-        match console.push(&chunk[..count]) {
-            Ok(None) => {}
-            Ok(Some(words)) => {
-                if inputs.send(Input::Panicked(words)).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) => tracing::warn!(%error, "the console log cannot be written"),
+        let (panic, written) = console.push(&chunk[..count]);
+        if let Err(error) = written
+            && !std::mem::replace(&mut complained, true)
+        {
+            tracing::warn!(%error, "the console log cannot be written");
+        }
+        if let Some(words) = panic
+            && inputs.send(Input::Panicked(words)).await.is_err()
+        {
+            return;
         }
     }
 }

@@ -576,9 +576,18 @@ fn killed_kontord_takes_everything_with_it() {
     let processes = [world.await_process("the relay was started"), world.await_process("QEMU was started")];
     world.end(Signal::KILL);
     processes.iter().for_each(world::Process::await_end);
-    // What it left on disk does not hinder the next one.
+    // The next one says what happened, also if it is not asked before it is killed itself.
     world.serve();
+    world.end(Signal::KILL);
+    world.serve();
+    assert_eq!(stopped(&world), ("vanished".into(), true));
+    assert!(world.kontor(&["status"]).out.contains("kontord was killed while the work VM ran"));
+    // Nor does what was left on disk hinder it.
     ended(&world.start(), 0, "ready");
+    ended(&world.kontor(&["stop"]), 0, "closed");
+    world.end(Signal::TERM);
+    world.serve();
+    assert_eq!(world.status()["state"], "off");
 }
 
 /// What kontord answers to `bytes`, line by line.
