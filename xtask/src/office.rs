@@ -118,15 +118,27 @@ impl Office {
 
     /// Publishes a release: CI signs it, then the rebuilder, who also has the keys of snapshot and timestamp.
     pub(crate) fn publish(&self, release: &Path) -> Result<()> {
-        let keys = self.path("release-keys");
         let (ci, rebuilder) = (["targets-ci"], ["targets-rebuilder", "snapshot", "timestamp"]);
         for (verb, names) in [("publish", &ci[..]), ("cosign", &rebuilder[..])] {
-            let mut command = self.tool("kontor-image");
-            command.arg(verb).arg("--release").arg(release).arg("--tenant-dir").arg(self.tenant_directory());
-            command.arg("--repo").arg(self.repository()).arg("--keys");
-            quietly(command.args(names.iter().map(|name| keys.join(format!("{name}.key")))))?;
+            quietly(&mut self.publishing(verb, names, release, &self.repository()))?;
         }
         Ok(())
+    }
+
+    /// The command that publishes a release in `repository`, or signs it there too, with keys of these names.
+    pub(crate) fn publishing(
+        &self,
+        verb: &str,
+        names: &[&str],
+        release: &Path,
+        repository: &Path,
+    ) -> Command {
+        let keys = self.path("release-keys");
+        let mut command = self.tool("kontor-image");
+        command.arg(verb).arg("--release").arg(release).arg("--tenant-dir").arg(self.tenant_directory());
+        command.arg("--repo").arg(repository).arg("--keys");
+        command.args(names.iter().map(|name| keys.join(format!("{name}.key"))));
+        command
     }
 
     /// The directory that control answers from.

@@ -90,7 +90,7 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     };
     let write = || {
         let mut file = tempfile::Builder::new()
-            .prefix(".kontor-")
+            .prefix(BESIDE)
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
             .tempfile_in(parent)?;
         file.write_all(bytes)?;
@@ -99,6 +99,16 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
         File::open(parent)?.sync_all()
     };
     write().map_err(FileError::at("write", path))
+}
+
+/// Removes what runs that were killed left in a directory where nobody else writes now.
+pub(crate) fn sweep(directory: &Path) -> Result<(), FileError> {
+    for name in list(directory)?.iter().filter(|name| name.starts_with(BESIDE)) {
+        let path = directory.join(name);
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(FileError::at("remove", &path))?;
+    }
+    Ok(())
 }
 
 /// Makes a directory and its parents.
@@ -141,7 +151,10 @@ pub(crate) fn require_space(path: &Path, bytes: u64) -> Result<(), FileError> {
     let check = || {
         let disk = rustix::fs::statvfs(path.parent().unwrap_or(path))?;
         if disk.f_bavail.saturating_mul(disk.f_frsize) < bytes {
-            return Err(io::Error::new(io::ErrorKind::StorageFull, format!("{bytes} bytes are needed")));
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                format!("no space left: {bytes} bytes are needed"),
+            ));
         }
         Ok(())
     };
@@ -165,6 +178,9 @@ pub(crate) fn measure(path: &Path) -> Result<(u64, Digest), FileError> {
     };
     measure().map_err(FileError::at("read", path))
 }
+
+/// Begins the names of what is not whole yet.
+pub(crate) const BESIDE: &str = ".kontor-";
 
 /// Bytes read at once when hashing.
 const COPY_BYTES: usize = 256 * 1024;

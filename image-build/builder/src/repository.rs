@@ -86,6 +86,10 @@ impl Repository {
         let lock = File::create(&path).map_err(FileError::at("open", &path))?;
         flock(&lock, FlockOperation::LockExclusive)
             .map_err(|errno| FileError::at("lock", &path)(errno.into()))?;
+        // Who held the lock before may have been killed in the middle of a file.
+        for part in [dir, &metadata, &dir.join(TARGETS)] {
+            files::sweep(part)?;
+        }
 
         let stored = gather(|name| {
             let path = metadata.join(name);
@@ -129,7 +133,7 @@ impl Repository {
         }
         files::require_space(&path, target.bytes)?;
         let beside = tempfile::Builder::new()
-            .prefix(".kontor-")
+            .prefix(files::BESIDE)
             .tempdir_in(self.dir.join(TARGETS))
             .map_err(FileError::at("write in", &self.dir))?;
         let copy = beside.path().join("file");

@@ -95,8 +95,12 @@ impl Scene {
     }
 
     fn sign(&self, out: &Path) -> Command {
+        self.sign_as("1", out)
+    }
+
+    fn sign_as(&self, version: &str, out: &Path) -> Command {
         let mut command = program();
-        command.args(["sign", "--version", "1", "--image"]).arg(self.path("image"));
+        command.args(["sign", "--version", version, "--image"]).arg(self.path("image"));
         command.arg("--tenant-dir").arg(self.path("tenant")).arg("--out").arg(out);
         command
     }
@@ -152,6 +156,90 @@ fn killed_run_leaves_no_result_and_the_next_one_tidies_up() {
     let output = scene.sign(&scene.path("release")).output().unwrap();
     assert_eq!(code(&output), 0, "{}", words(&output));
     assert_eq!(names(scene.0.path()), ["image", "release", "tenant"]);
+}
+
+impl Scene {
+    /// `kontor-image publish` or `cosign` of the release `name`, with these keys.
+    fn publishing(&self, verb: &str, name: &str, keys: &[&str]) -> Command {
+        let mut command = program();
+        command.arg(verb).arg("--release").arg(self.path(name)).arg("--tenant-dir").arg(self.path("tenant"));
+        command.arg("--repo").arg(self.path("repo")).arg("--keys");
+        command.args(keys.iter().map(|key| self.path("keys").join(format!("{key}.key"))));
+        command
+    }
+
+    /// Every file of the repository but its lock, with its content.
+    fn repository(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let mut files = Vec::new();
+        for part in ["", "metadata", "targets"] {
+            let part = self.path("repo").join(part);
+            for name in names(&part) {
+                let path = part.join(name);
+                if path.is_file() && !path.ends_with(".lock") {
+                    files.push((path.clone(), fs::read(&path).unwrap()));
+                }
+            }
+        }
+        files
+    }
+}
+
+/// More than a pipe holds, so that whoever reads it is in its middle when half of it is written.
+const LARGER_THAN_A_PIPE: u64 = 400_000;
+
+#[test]
+fn publishing_killed_in_the_middle_of_a_file_changes_nothing_and_the_next_run_tidies_up() {
+    const REBUILDER: [&str; 3] = ["targets-rebuilder", "snapshot", "timestamp"];
+    let scene = Scene::new(4096);
+    let must = |mut command: Command| {
+        let output = command.output().unwrap();
+        assert_eq!(code(&output), 0, "{}", words(&output));
+    };
+    let mut init = program();
+    init.arg("tuf-init").arg("--keys").arg(scene.path("keys")).arg("--repo").arg(scene.path("repo"));
+    must(init);
+    must(scene.sign(&scene.path("first")));
+    must(scene.publishing("publish", "first", &["targets-ci"]));
+    must(scene.publishing("cosign", "first", &REBUILDER));
+    let published = scene.repository();
+
+    fs::remove_dir_all(scene.path("image")).unwrap();
+    scene.make_image(LARGER_THAN_A_PIPE);
+    must(scene.sign_as("2", &scene.path("second")));
+    let root = scene.path("second/root.img");
+    let content = fs::read(&root).unwrap();
+    fs::remove_file(&root).unwrap();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &root, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let mut child = scene.publishing("publish", "second", &["targets-ci"]).spawn().unwrap();
+    let begun = |name: &String| name.starts_with(".kontor-");
+    // It is read once to be measured, and once more to be copied; in between the copy is begun.
+    let writer = std::thread::spawn({
+        let (root, content) = (root.clone(), content.clone());
+        move || fs::write(&root, &content)
+    });
+    let begin = Instant::now();
+    while !names(&scene.path("repo/targets")).iter().any(begun) {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended before it copied the file");
+        assert!(begin.elapsed() < Duration::from_secs(30), "it never began to copy");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    writer.join().unwrap().unwrap();
+    let mut fifo = fs::OpenOptions::new().write(true).open(&root).unwrap();
+    std::io::Write::write_all(&mut fifo, &content[..content.len() / 2]).unwrap();
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success());
+    drop(fifo);
+    assert!(names(&scene.path("repo/targets")).iter().any(begun));
+    assert_eq!(scene.repository(), published);
+
+    fs::remove_file(&root).unwrap();
+    fs::write(&root, &content).unwrap();
+    must(scene.publishing("publish", "second", &["targets-ci"]));
+    must(scene.publishing("cosign", "second", &REBUILDER));
+    assert!(!names(&scene.path("repo/targets")).iter().any(begun));
+    let now = scene.repository();
+    assert!(now.len() > published.len() && now.iter().any(|(_, bytes)| *bytes == content));
 }
 
 #[test]

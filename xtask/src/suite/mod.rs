@@ -1,5 +1,6 @@
 //! The tests that need a real work VM: one machine for all that can share it.
 
+mod disk;
 mod jail;
 mod kills;
 mod lease;
@@ -99,6 +100,10 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     let uplink = lock(shared).plan.uplink;
     for (name, trial) in kills::trials(uplink) {
         add(name, trial);
+    }
+    if uplink == crate::build::Backend::Port {
+        add("state_on_a_full_disk_is_never_half_written_and_works_again_with_room", disk::state);
+        add("release_is_not_published_by_halves_on_a_full_disk", disk::repository);
     }
     add("changed_root_image_stops_the_work_vm", tamper::changed_root);
     add("work_vm_starts_again", thread::starts);

@@ -333,8 +333,8 @@ async fn write_control(mut to: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8
 
 async fn read_console(mut from: UnixStream, mut console: Console, inputs: mpsc::Sender<Input>) {
     let mut chunk = [0; CHUNK_MAX];
-    // Said once: how often the guest writes is the guest's to choose.
-    let mut complained = false;
+    // Each is said once: how often the guest writes is the guest's to choose.
+    let (mut complained, mut panicked) = (false, false);
     loop {
         let count = match from.read(&mut chunk).await {
             Ok(0) | Err(_) => return,
@@ -347,6 +347,7 @@ async fn read_console(mut from: UnixStream, mut console: Console, inputs: mpsc::
             tracing::warn!(%error, "the console log cannot be written");
         }
         if let Some(words) = panic
+            && !std::mem::replace(&mut panicked, true)
             && inputs.send(Input::Panicked(words)).await.is_err()
         {
             return;

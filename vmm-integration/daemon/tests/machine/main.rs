@@ -30,18 +30,22 @@ use std::{
     fs::{self, OpenOptions, Permissions},
     io::{BufRead, BufReader, Read, Write},
     os::unix::{
-        fs::{FileExt, PermissionsExt},
+        fs::{FileExt, OpenOptionsExt, PermissionsExt},
         net::UnixStream,
         process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{ExitCode, Stdio},
+    time::Duration,
 };
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
 use world::{Ran, Setup, World, own_program};
+
+/// Nothing here takes so long: a test that waits for it has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -104,6 +108,8 @@ fn main() -> ExitCode {
         crowd_of_silent_clients_holds_nobody_off_for_good,
         start_right_behind_a_stop_waits_for_it,
         strangers_are_refused,
+        install_killed_at_any_file_leaves_a_whole_release_and_the_next_one_works,
+        flood_on_every_channel_is_stopped_and_does_not_fill_memory,
         one_kontord_for_a_device,
         kontor_without_kontord_says_so,
     ];
@@ -671,6 +677,99 @@ fn strangers_are_refused() {
         Ok(output) => ended(&Ran::from(output), 4, "only the user 0 may ask"),
         Err(error) => eprintln!("skipped in part: another user cannot run kontor here ({error})"),
     }
+}
+
+/// Kills the installing kontord while it reads `file`, in the middle of it.
+fn kill_install_at(world: &World, file: &Path) {
+    let content = fs::read(file).unwrap();
+    fs::remove_file(file).unwrap();
+    make_fifo(file);
+    let mut child = world.install().stderr(Stdio::null()).spawn().unwrap();
+    let limit = std::time::Instant::now() + PATIENCE;
+    // Nobody can write before it reads.
+    let not_waiting = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let mut fifo = loop {
+        match OpenOptions::new().write(true).custom_flags(not_waiting).open(file) {
+            Ok(fifo) => break fifo,
+            Err(error) => assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::NXIO.raw_os_error())),
+        }
+        assert_eq!(child.try_wait().unwrap(), None, "it ended without {}", file.display());
+        assert!(std::time::Instant::now() < limit, "it never read {}", file.display());
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    rustix::fs::fcntl_setfl(&fifo, rustix::fs::OFlags::empty()).unwrap();
+    fifo.write_all(&content[..content.len() / 2]).unwrap();
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success());
+    drop(fifo);
+    fs::remove_file(file).unwrap();
+    fs::write(file, content).unwrap();
+}
+
+fn make_fifo(path: &Path) {
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+}
+
+fn install_killed_at_any_file_leaves_a_whole_release_and_the_next_one_works() {
+    let setup = Setup::new("ready");
+    let mut world = World::new(&setup);
+    // Whole is what a start verifies, and the rest of the pieces too. A start would bring a lease of a time that
+    // this host has not reached, and then nothing is installed any more.
+    let whole = |world: &World, version: u64| {
+        let said = world.kontor(&["doctor"]).out;
+        assert!(said.contains(&format!("release: smoke-1 (version {version}) is whole")), "{said}");
+    };
+    world.publish_newer(&setup);
+    let slots = world.slot("").parent().unwrap().to_owned();
+    let entries = || fs::read_dir(&slots).unwrap().count();
+    kill_install_at(&world, &world.repository.metadata("timestamp.json"));
+    for piece in ["kernel", "initrd", "root.img", "sbom.cdx.json", "lock.toml", "segment"] {
+        kill_install_at(&world, &world.repository.piece(piece));
+        assert_eq!(entries(), 2, "nothing was begun at {piece}");
+        whole(&world, 1);
+    }
+
+    // When the release is in its place, and its number is not taken note of yet.
+    let note = slots.parent().unwrap().join("memory.new");
+    make_fifo(&note);
+    let mut child = world.install().stderr(Stdio::null()).spawn().unwrap();
+    let newer = fs::read(world.path("newer/manifest.json")).unwrap();
+    let limit = std::time::Instant::now() + PATIENCE;
+    while fs::read(world.slot("manifest.json")).ok().as_ref() != Some(&newer) {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended");
+        assert!(std::time::Instant::now() < limit, "it never put the release in its place");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success());
+    fs::remove_file(&note).unwrap();
+    fs::write(&note, b"{\"seen\":").unwrap();
+    whole(&world, 2);
+
+    let installed = world.install().output().unwrap();
+    assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
+    assert_eq!(entries(), 1, "something is left");
+    whole(&world, 2);
+    ended(&world.start(), 0, "ready");
+    assert_eq!(world.status()["release"]["version"], 2);
+}
+
+fn flood_on_every_channel_is_stopped_and_does_not_fill_memory() {
+    const MOST_MORE_KIB: u64 = 8 * 1024;
+    let mut world = World::new(&Setup::new("flood"));
+    let before = world.peak_kib();
+    let starting = world.kontor_command(&["start", "--headless"]).spawn().unwrap();
+    let qemu = world.await_pid("QEMU was started");
+    // Reading its log to here keeps kontord from waiting for the reader.
+    world.await_log("the work VM ended");
+    let more = world.peak_kib() - before;
+    ended(&Ran::from(starting.wait_with_output().unwrap()), 1, "a challenge while another is open");
+    assert_eq!(stopped(&world), ("garbage".into(), false));
+    assert!(more < MOST_MORE_KIB, "{more} KiB more");
+    assert!(world::is_reaped(qemu));
+    let log = world.kontor(&["logs"]).out;
+    assert!((1 << 18..=1 << 20).contains(&log.len()), "{} bytes of log", log.len());
 }
 
 fn one_kontord_for_a_device() {

@@ -111,7 +111,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
     };
     let probe = channel("probe");
     let qmp = channel("qmp").unwrap();
-    let deaf = scenario == "deaf";
+    let deaf = matches!(scenario.as_str(), "deaf" | "flood");
     let mut machine = Machine {
         console: channel("console").unwrap(),
         control: channel("control").unwrap(),
@@ -147,6 +147,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
             machine.control.write_all(&[0xff; 64]).unwrap();
             park()
         }
+        "flood" => machine.flood(events),
         "uplink-garbage" => {
             machine.hello();
             machine.lease();
@@ -321,6 +322,29 @@ impl Machine {
             self.print(&line);
         }
         exit(0)
+    }
+
+    /// Breaks the rules, does not listen, and writes to everybody as fast as it can.
+    fn flood(mut self, mut events: UnixStream) -> ! {
+        self.hello();
+        let mut console = self.console.try_clone().unwrap();
+        thread::spawn(move || while console.write_all(&[b'x'; 1 << 16]).is_ok() {});
+        let event = b"{\"event\":\"NIC_RX_FILTER_CHANGED\",\"data\":{}}\r\n".repeat(100);
+        thread::spawn(move || while events.write_all(&event).is_ok() {});
+        thread::spawn(move || while io::stderr().write_all(&[b'y'; 1 << 16]).is_ok() {});
+        let mut uplink = self.uplink.try_clone().unwrap();
+        thread::spawn(move || while uplink.write_all(&[0xff; 1 << 16]).is_ok() {});
+        let challenge = |seq: u64| {
+            let nonce = [seq.to_le_bytes()[0]; 32];
+            let challenge = Challenge { nonce, boot_key: [2; 32], seq, verity_root: ROOT, keyset_version: 1 };
+            encode(&FromGuest::Challenge(challenge))
+        };
+        for seq in 0.. {
+            if self.control.write_all(&challenge(seq)).is_err() {
+                break;
+            }
+        }
+        park()
     }
 
     /// Prints what kontord gave this process.

@@ -28,6 +28,9 @@ use std::{
 /// Nothing here takes so long: a test that waits for it has failed.
 const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
+/// More bytes than a pipe holds, twice.
+const LONG: usize = 200_000;
+
 /// What a test wants to be different.
 pub(crate) struct Setup {
     pub(crate) scenario: &'static str,
@@ -185,9 +188,44 @@ impl World {
     }
 
     pub(crate) fn kontord(&self, arguments: &[&str]) -> Output {
+        self.kontord_command(arguments).output().unwrap()
+    }
+
+    pub(crate) fn kontord_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kontord"));
         command.arg(arguments[0]).arg("--config").arg(self.path("kontord.toml")).args(&arguments[1..]);
-        command.output().unwrap()
+        command
+    }
+
+    /// The command that installs what the repository has.
+    pub(crate) fn install(&self) -> Command {
+        self.kontord_command(&["install", "--repo", self.repository.dir.to_str().unwrap()])
+    }
+
+    /// Publishes a release of version 2 whose pieces are all others, and longer than a pipe holds.
+    pub(crate) fn publish_newer(&mut self, setup: &Setup) {
+        let pieces = self.path("newer");
+        fs::create_dir(&pieces).unwrap();
+        release(&pieces, self.tenant.id, setup);
+        let mut manifest = Manifest::parse(&fs::read(pieces.join("manifest.json")).unwrap()).unwrap();
+        manifest.version = 2;
+        let image = &mut manifest.image;
+        let all = [&mut image.kernel, &mut image.initrd, &mut image.root, &mut image.sbom, &mut image.lock];
+        for piece in all.into_iter().chain([&mut manifest.segment]) {
+            let content = piece.name.as_bytes().repeat(LONG / piece.name.len());
+            fs::write(pieces.join(&piece.name), &content).unwrap();
+            *piece = Piece { bytes: content.len() as u64, sha256: Digest::of(&content), ..piece.clone() };
+        }
+        fs::write(pieces.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        self.repository.publish(&pieces);
+    }
+
+    /// Most memory that kontord ever had resident, in KiB.
+    pub(crate) fn peak_kib(&self) -> u64 {
+        let pid = self.kontord.as_ref().unwrap().id();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
     pub(crate) fn serve(&mut self) {
