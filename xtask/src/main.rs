@@ -11,6 +11,7 @@ mod capture;
 mod demo;
 mod fresh;
 mod leaks;
+mod liar;
 mod numeric;
 mod office;
 mod packages;

@@ -19,6 +19,9 @@ pub(crate) const GATEWAY_PORT: u16 = 51820;
 pub(crate) const CONTROL_PORT: u16 = 443;
 /// The gateway's id in bundle and lease.
 pub(crate) const GATEWAY_ID: u8 = 1;
+/// The addresses that the gateway gives to its guests.
+pub(crate) const POOL_V4: &str = "10.77.0.0/16";
+pub(crate) const POOL_V6: &str = "fd77::/64";
 /// The intranet's name.
 pub(crate) const INTRANET_NAME: &str = "intranet.office.example";
 /// Title of the intranet's page.
@@ -109,7 +112,7 @@ impl Office {
     }
 
     /// The directory that control answers from.
-    fn control_directory(&self) -> PathBuf {
+    pub(crate) fn control_directory(&self) -> PathBuf {
         self.path("control")
     }
 
@@ -134,10 +137,10 @@ impl Office {
         record.args(["--host-key", host_key, "--keys"]).arg(&keys);
         quietly(record.arg("--out").arg(self.device_record()))?;
         self.sign_bundle(1, lease_s)?;
-        let admission = self.path("gateway.sock");
+        let admission = self.admission_socket();
         let config = format!(
             "listen = [\"{OFFICE_ADDRESS}:{CONTROL_PORT}\"]\nlease_s = {lease_s}\n\n[[gateway]]\nid = {GATEWAY_ID}\nadmission = {admission:?}\n\
-             pool_v4 = \"10.77.0.0/16\"\npool_v6 = \"fd77::/64\"\n"
+             pool_v4 = \"{POOL_V4}\"\npool_v6 = \"{POOL_V6}\"\n"
         );
         write(&control.join("control.toml"), config.as_bytes())?;
         User::Control.owns(&control)
@@ -153,7 +156,18 @@ impl Office {
         self.control_directory().join(format!("bundles/{LINE}.json"))
     }
 
-    fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
+    /// A bundle that the newest has replaced, where a trial keeps one.
+    pub(crate) fn old_bundle(&self) -> PathBuf {
+        self.path("old-bundle.json")
+    }
+
+    /// Where control tells the gateway about leases.
+    pub(crate) fn admission_socket(&self) -> PathBuf {
+        self.path("gateway.sock")
+    }
+
+    /// Signs the line's newest bundle, which control has from then on.
+    pub(crate) fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
         let gateway_key = self.gateway_key()?;
         let source = format!(
             r#"tenant = "{tenant}"
@@ -261,15 +275,15 @@ key = {key:?}
 tun = "kgw0"
 v4 = "10.77.0.1"
 v6 = "fd77::1"
-pool_v4 = "10.77.0.0/16"
-pool_v6 = "fd77::/64"
+pool_v4 = "{POOL_V4}"
+pool_v6 = "{POOL_V6}"
 admission = {admission:?}
 state = {state:?}
 tenant = "{tenant}"
 keyset = {keyset:?}
 "#,
             key = self.path("gateway.key"),
-            admission = self.path("gateway.sock"),
+            admission = self.admission_socket(),
             state = self.path("gateway-state"),
             tenant = self.tenant,
             keyset = self.path("keys/keysets/00000001.json"),
@@ -279,6 +293,8 @@ keyset = {keyset:?}
         let program = self.bin.join("kontor-gateway");
         let mut command = Host::Office.command_of(User::Gateway, Power::NetAdmin, program);
         command.args(["run", "--config"]).arg(&config);
+        // Why a lease is refused names devices and addresses, and is not for a log in daily use.
+        command.env("RUST_LOG", "info,boringtun=off,kontor_gateway::admission=debug");
         let (child, _) = await_line(&mut command, &self.path("gateway.log"), "ready")?;
         self.gateway = Some(child);
         Ok(())

@@ -152,7 +152,8 @@ uplink = "{uplink}"
         if file.exists() { Ok(file) } else { Err(Error::Unexpected(format!("no {}", file.display()))) }
     }
 
-    fn console_log(&self) -> PathBuf {
+    /// What the guest's console said.
+    pub(crate) fn console_log(&self) -> PathBuf {
         self.device_directory().join("console.log")
     }
 
