@@ -282,7 +282,7 @@ pub(super) fn is_refused(stage: &mut Stage, case: &'static Case) -> Outcome {
             let detail = stop["detail"].as_str().unwrap_or_default();
             (3, "bad-lease", said.contains(expected) && detail.contains(expected))
         }
-        Stops(reason) => (5, reason, said.contains(reason)),
+        Stops(reason) => (5, reason, stop["words"].as_str().is_some_and(|words| said.contains(words))),
         IsNotAsked => return Err("this is not for the host".into()),
     };
     let by_host = by_host && output.status.code() == Some(code) && stop["reason"] == reason;
