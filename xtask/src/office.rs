@@ -31,7 +31,7 @@ pub(crate) const LARGE_FILE: &str = "large.bin";
 /// Length of that file in bytes.
 pub(crate) const LARGE_FILE_LEN: usize = 8 << 20;
 /// The device's line and name.
-const LINE: &str = "sales";
+pub(crate) const LINE: &str = "sales";
 pub(crate) const DEVICE: &str = "anna-1";
 /// Longest time from a lease's end to the work VM's; a quarter of the lease's life where that is less.
 const LAPSE_OFF_S_MAX: u64 = 60;
@@ -100,12 +100,17 @@ impl Office {
 
     /// Publishes a release: CI signs it, then the rebuilder, who also has the keys of snapshot and timestamp.
     pub(crate) fn publish(&self, release: &Path) -> Result<()> {
+        self.publish_to(&self.repository(), release)
+    }
+
+    /// The same, in a copy of the repository.
+    pub(crate) fn publish_to(&self, repository: &Path, release: &Path) -> Result<()> {
         let keys = self.path("release-keys");
         let (ci, rebuilder) = (["targets-ci"], ["targets-rebuilder", "snapshot", "timestamp"]);
         for (verb, names) in [("publish", &ci[..]), ("cosign", &rebuilder[..])] {
             let mut command = self.tool("kontor-image");
             command.arg(verb).arg("--release").arg(release).arg("--tenant-dir").arg(self.tenant_directory());
-            command.arg("--repo").arg(self.repository()).arg("--keys");
+            command.arg("--repo").arg(repository).arg("--keys");
             quietly(command.args(names.iter().map(|name| keys.join(format!("{name}.key")))))?;
         }
         Ok(())

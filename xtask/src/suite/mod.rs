@@ -2,6 +2,7 @@
 
 mod lease;
 mod lies;
+mod refusals;
 mod tamper;
 mod thread;
 mod uplink;
@@ -61,6 +62,7 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     let mut add = |name: &str, test: fn(&mut Stage) -> Outcome| trials.push(trial(shared, name, test));
     add("tampered_pieces_are_refused_and_named", tamper::tampered_pieces);
     add("tampered_metadata_of_the_release_is_refused_and_named", tamper::tampered_metadata);
+    add("tampered_documents_of_the_host_are_refused_and_named", tamper::tampered_documents);
     add("tampered_repository_is_refused_and_the_installed_release_stays", tamper::tampered_repository);
     add("work_vm_starts_and_reaches_its_session", thread::starts);
     add("uplink_is_the_device_asked_for_and_the_other_is_not_there", thread::uplink_device);
@@ -87,6 +89,7 @@ fn trials(shared: &Shared) -> Vec<Trial> {
         add(name, *trial);
     }
     if lock(shared).plan.uplink == Backend::Port {
+        refusals(shared, &mut trials);
         lies(shared, &mut trials);
     }
     let mut add = |name: &str, test: fn(&mut Stage) -> Outcome| trials.push(trial(shared, name, test));
@@ -97,6 +100,16 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     add("transfer_outlasts_three_renewals", lease::transfer_outlasts_renewals);
     add("work_vm_without_control_runs_to_the_end_of_its_lease", lease::ends_with_its_lease);
     trials
+}
+
+/// What the commands do not take. Which device the uplink is makes no difference to it.
+fn refusals(shared: &Shared, trials: &mut Vec<Trial>) {
+    let mut add = |name: &str, test: fn(&mut Stage) -> Outcome| trials.push(trial(shared, name, test));
+    add("refused_is_a_bundle_that_policy_did_not_sign_or_has_replaced", refusals::bundles);
+    add("refused_is_a_release_that_too_few_vouch_for", refusals::releases);
+    add("refused_is_a_release_of_others_or_older_than_the_last", refusals::releases_of_others);
+    add("refused_is_an_office_of_which_a_byte_was_changed", tamper::tampered_office);
+    add("refused_is_metadata_that_expired_but_what_it_vouched_for_starts", refusals::expired);
 }
 
 /// What a stolen control tries. Which device the uplink is makes no difference to it.
