@@ -7,10 +7,11 @@ use super::{
 };
 use crate::{
     build::Plan,
+    liar::unix_now,
     scene::{PATIENCE, Scene},
 };
 use libtest_mimic::Failed;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// How long leases live here, in seconds.
 const SHORT_LEASE_S: u64 = 20;
@@ -75,8 +76,4 @@ pub(super) fn ends_with_its_lease(stage: &mut Stage) -> Outcome {
         return Ok(());
     }
     Err(format!("status says {status}").into())
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

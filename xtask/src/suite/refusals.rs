@@ -9,6 +9,7 @@ use super::{
     words,
 };
 use crate::{
+    liar::unix_now,
     office::{CONTROL_PORT, DEVICE, LINE, Office, write},
     run::{self, Error, at, quietly},
     world::{OFFICE_ADDRESS, Power, User},
@@ -22,17 +23,16 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 /// A PC with `kontord`'s files, on which nothing runs.
-struct Pc {
+pub(super) struct Pc {
     directory: PathBuf,
     bin: PathBuf,
 }
 
 impl Pc {
-    fn new(stage: &mut Stage, name: &str, tenant: &str) -> run::Result<Self> {
+    pub(super) fn new(stage: &mut Stage, name: &str, tenant: &str) -> run::Result<Self> {
         let directory = stage.plan.scratch.join(name);
         // An earlier trial's may be there.
         let _ = fs::remove_dir_all(&directory);
@@ -63,8 +63,13 @@ impl Pc {
         output(command.arg("--keyset").arg(keyset).arg("--device").arg(device).arg("--bundle").arg(bundle))
     }
 
-    fn install(&self, repository: &Path) -> run::Result<Output> {
+    pub(super) fn install(&self, repository: &Path) -> run::Result<Output> {
         output(self.kontord("install").arg("--repo").arg(repository))
+    }
+
+    /// Whether anything was put in place for a start.
+    pub(super) fn has_release(&self) -> bool {
+        only_file(&self.directory.join("state"), "manifest.json").is_ok()
     }
 }
 
@@ -402,7 +407,7 @@ fn only_file(directory: &Path, name: &str) -> Result<PathBuf, Failed> {
 }
 
 /// The command refused with exit code 3, and its message holds all of `said`.
-fn refused(what: &str, output: &Output, said: &[&str]) -> Outcome {
+pub(super) fn refused(what: &str, output: &Output, said: &[&str]) -> Outcome {
     let heard = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(3) && said.iter().all(|words| heard.contains(words)) {
         return Ok(());
@@ -410,7 +415,7 @@ fn refused(what: &str, output: &Output, said: &[&str]) -> Outcome {
     Err(format!("{what}: {} {heard}; expected {said:?}", output.status).into())
 }
 
-fn accepted(what: &str, output: &Output) -> Outcome {
+pub(super) fn accepted(what: &str, output: &Output) -> Outcome {
     if output.status.success() {
         return Ok(());
     }
@@ -419,8 +424,4 @@ fn accepted(what: &str, output: &Output) -> Outcome {
 
 fn output(command: &mut Command) -> run::Result<Output> {
     command.output().map_err(|source| Error::Start(run::text(command), source))
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

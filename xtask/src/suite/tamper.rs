@@ -1,6 +1,10 @@
 //! Trials in which a byte was changed that something vouches for.
 
-use super::{Outcome, Stage, words};
+use super::{
+    Outcome, Stage,
+    refusals::{Pc, accepted, refused},
+    words,
+};
 use libtest_mimic::Failed;
 use std::path::Path;
 
@@ -101,11 +105,14 @@ pub(super) fn tampered_office(stage: &mut Stage) -> Outcome {
     Ok(std::fs::remove_dir_all(&copy)?)
 }
 
-/// A byte changed in each file of the repository: nothing is installed, exit code 3, and the part is named.
+/// A byte changed in each file of the repository: exit code 3, and the part is named. A PC without a release gets
+/// none; one that has it keeps it.
 pub(super) fn tampered_repository(stage: &mut Stage) -> Outcome {
+    let tenant = stage.scene()?.office.tenant.clone();
+    let empty = Pc::new(stage, "empty-pc", &tenant).map_err(words)?;
     let scene = stage.scene()?;
     let repository = scene.office.repository();
-    let installed = std::fs::read(scene.home.slot_file("manifest.json").map_err(words)?).ok();
+    let installed = read(&scene.home.slot_file("manifest.json").map_err(words)?)?;
     let mut files = Vec::new();
     for directory in ["metadata", "targets"] {
         let entries = std::fs::read_dir(repository.join(directory)).map_err(|e| e.to_string())?;
@@ -113,32 +120,35 @@ pub(super) fn tampered_repository(stage: &mut Stage) -> Outcome {
     }
     for file in files {
         let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // A keyset is no part of a release, and the slot keeps the first root.
-        if name.contains("keyset-") || name == "1.root.json" {
+        // A keyset is no part of a release.
+        if name.contains("keyset-") {
             continue;
         }
+        let is_metadata = file.parent() == Some(&repository.join("metadata"));
         // `1.snapshot.json` is the role snapshot, `DIGEST.smoke.root.img` the piece root.img.
         let part = match name.strip_suffix(".json").and_then(|stem| stem.split('.').next_back()) {
-            Some(role) if file.parent() == Some(&repository.join("metadata")) => role.to_owned(),
+            Some(role) if is_metadata => role.to_owned(),
             _ => name.splitn(3, '.').last().unwrap_or_default().to_owned(),
         };
         flip(&file, length(&file)? / 2)?;
-        let output = scene.home.install(&repository).map_err(words)?;
+        let mut outputs = vec![empty.install(&repository).map_err(words)?];
+        // The slot keeps the first root, and what it has of a release is not fetched.
+        if is_metadata && part != "root" {
+            outputs.push(scene.home.install(&repository).map_err(words)?);
+        }
         flip(&file, length(&file)? / 2)?;
-        let heard = String::from_utf8_lossy(&output.stderr).into_owned();
-        if output.status.code() != Some(3) || !heard.contains(&part) {
-            return Err(format!("changed {name}: {} {heard}", output.status).into());
+        for output in outputs {
+            refused(&format!("changed {name}"), &output, &[&part])?;
+        }
+        if empty.has_release() {
+            return Err(format!("changed {name}: there is a release all the same").into());
         }
     }
-    let now = std::fs::read(scene.home.slot_file("manifest.json").map_err(words)?).ok();
-    if installed.is_none() || installed != now {
+    if installed != read(&scene.home.slot_file("manifest.json").map_err(words)?)? {
         return Err("the installed release changed".into());
     }
-    let output = scene.home.install(&repository).map_err(words)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(format!("the whole repository: {}", String::from_utf8_lossy(&output.stderr)).into())
+    accepted("the whole repository", &empty.install(&repository).map_err(words)?)?;
+    accepted("the whole repository", &scene.home.install(&repository).map_err(words)?)
 }
 
 /// Bytes changed in the root image, which is verified as it is read: the work VM stops itself, and
