@@ -5,7 +5,7 @@
 //! changes of that before it signs again with what it has stolen: the key of the role lease, and control's own.
 
 use crate::{
-    office::{CONTROL_PORT, GATEWAY_ID, Office, POOL_V4, POOL_V6},
+    office::{self, CONTROL_PORT, Office},
     run::{Error, Result, at},
     world::{Host, OFFICE_ADDRESS},
 };
@@ -148,7 +148,7 @@ struct Thief {
     shared: Arc<Mutex<Shared>>,
     chain: Vec<Vec<u8>>,
     tls: Arc<ServerConfig>,
-    pools: [Pool; 1],
+    pools: Vec<Pool>,
     loot: Loot,
     gateway: PathBuf,
     record: PathBuf,
@@ -163,8 +163,10 @@ impl Thief {
         };
         let first = read(&office.control_directory().join("keysets/00000001.json"))?;
         let keyset = TrustedKeyset::dangerous_unpinned(&first).map_err(|_| wrong("the first keyset"))?;
-        let pools =
-            POOL_V4.parse().ok().zip(POOL_V6.parse().ok()).map(|(v4, v6)| [Pool { id: GATEWAY_ID, v4, v6 }]);
+        let pools = office::pools()
+            .into_iter()
+            .map(|(id, v4, v6)| Some(Pool { id, v4: v4.parse().ok()?, v6: v6.parse().ok()? }))
+            .collect::<Option<Vec<_>>>();
         let loot = Loot {
             lease_key: stolen("lease.key")?,
             own_key: SecretKey::generate().map_err(|_| wrong("a new key"))?,

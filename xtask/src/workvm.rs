@@ -182,6 +182,14 @@ uplink = "{uplink}"
         child.wait().map_err(failed)?;
         Ok(())
     }
+
+    /// Kills `kontord`, as a crash would.
+    pub(crate) fn kill_kontord(&mut self) -> Result<()> {
+        let Some(mut child) = self.kontord.take() else { return Ok(()) };
+        let failed = |source| Error::Start("kill kontord".into(), source);
+        child.kill().and_then(|()| child.wait()).map_err(failed)?;
+        Ok(())
+    }
 }
 
 impl Drop for HomePc {

@@ -32,8 +32,9 @@ impl Console {
         Ok(Self { path: path.into(), file, length, line: Vec::with_capacity(LINE_MAX) })
     }
 
-    /// Takes what the guest wrote. Returns the line in which its kernel panics, if this is the end of it.
-    pub(crate) fn push(&mut self, bytes: &[u8]) -> io::Result<Option<String>> {
+    /// Takes what the guest wrote. Returns the line in which its kernel panics, if this is the end of it, whether
+    /// or not what was written could be kept.
+    pub(crate) fn push(&mut self, bytes: &[u8]) -> (Option<String>, io::Result<()>) {
         let mut clean = Vec::with_capacity(bytes.len());
         let mut panic = None;
         for &byte in bytes {
@@ -55,8 +56,7 @@ impl Console {
                 }
             }
         }
-        self.write(&clean)?;
-        Ok(panic)
+        (panic, self.write(&clean))
     }
 
     fn panic(&self) -> Option<String> {
@@ -117,8 +117,8 @@ mod tests {
         let line = b"[    1.5] Kernel panic - not syncing: dm-verity device corrupted\r\n";
         for cut in 0..line.len() {
             let (_dir, _, mut console) = console();
-            assert_eq!(console.push(&line[..cut]).unwrap(), None);
-            let panic = console.push(&line[cut..]).unwrap().unwrap();
+            assert_eq!(console.push(&line[..cut]).0, None);
+            let panic = console.push(&line[cut..]).0.unwrap();
             assert_eq!(panic, "[    1.5] Kernel panic - not syncing: dm-verity device corrupted");
         }
     }
@@ -126,13 +126,21 @@ mod tests {
     #[test]
     fn other_lines_are_no_panic() {
         let (_dir, _, mut console) = console();
-        assert_eq!(console.push(b"Kernel panic\n - not syncing\nbooting\n").unwrap(), None);
+        assert_eq!(console.push(b"Kernel panic\n - not syncing\nbooting\n").0, None);
+    }
+
+    #[test]
+    fn panic_is_found_also_when_the_disk_is_full() {
+        let mut console = Console::open(Path::new("/dev/full")).unwrap();
+        let (panic, written) = console.push(b"Kernel panic - not syncing: for a test\n");
+        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(panic.unwrap(), "Kernel panic - not syncing: for a test");
     }
 
     #[test]
     fn terminal_codes_reach_the_file_escaped() {
         let (_dir, path, mut console) = console();
-        console.push(b"a\x1b[2J\xff\tb\r\n").unwrap();
+        console.push(b"a\x1b[2J\xff\tb\r\n").1.unwrap();
         assert_eq!(read(&path).unwrap(), b"a\\x1b[2J\\xff\tb\n");
     }
 
@@ -140,13 +148,13 @@ mod tests {
     fn file_at_the_limit_stays_and_one_byte_more_begins_a_new_one() {
         let (_dir, path, mut console) = console();
         let full = vec![b'x'; usize::try_from(LOG_MAX).unwrap()];
-        console.push(&full).unwrap();
+        console.push(&full).1.unwrap();
         assert!(!old(&path).exists());
-        console.push(b"y").unwrap();
+        console.push(b"y").1.unwrap();
         assert_eq!(std::fs::metadata(old(&path)).unwrap().len(), LOG_MAX);
         assert_eq!(std::fs::read(&path).unwrap(), b"y");
         for _ in 0..3 {
-            console.push(&full).unwrap();
+            console.push(&full).1.unwrap();
         }
         assert!(read(&path).unwrap().len() as u64 <= 2 * LOG_MAX);
     }
@@ -154,15 +162,15 @@ mod tests {
     #[test]
     fn log_of_an_earlier_start_is_continued() {
         let (_dir, path, mut console) = console();
-        console.push(b"one\n").unwrap();
-        Console::open(&path).unwrap().push(b"two\n").unwrap();
+        console.push(b"one\n").1.unwrap();
+        Console::open(&path).unwrap().push(b"two\n").1.unwrap();
         assert_eq!(read(&path).unwrap(), b"one\ntwo\n");
     }
 
     #[test]
     fn endless_line_is_searched_up_to_its_limit_only() {
         let (_dir, _, mut console) = console();
-        console.push(&vec![b'x'; 100 * LINE_MAX]).unwrap();
+        console.push(&vec![b'x'; 100 * LINE_MAX]).1.unwrap();
         assert_eq!(console.line.len(), LINE_MAX);
     }
 }

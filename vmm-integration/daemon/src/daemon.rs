@@ -4,19 +4,21 @@ use crate::{
     config::{Config, ConfigError},
     console, doctor,
     exit::{Exit, chain},
+    fetch::store_exit,
     host::{Accelerator, KvmVerdict, Trial, unix_now, uptime_s},
     lease::{Asker, Running},
     office::HttpsOffice,
     qemu,
-    session::Times,
+    session::{Stop, Times, Witness},
     slots::{self, Ready, SlotError},
-    status::{Failure, State, Status},
-    store::{Store, StoreError},
+    status::{Failure, State, Status, StopNote},
+    store::{CutShort, Store, StoreError},
     verbs::{Answer, Answers, Done, Request},
     vm::{self, Command, Plan, VmError},
 };
 use kontor_bundle::Bundle;
 use kontor_release::Manifest;
+use kontor_wire::reason::StopReason;
 use std::{io, sync::Arc, time::Duration};
 use tokio::{
     sync::{Mutex, mpsc, oneshot, watch},
@@ -26,8 +28,10 @@ use tokio::{
 
 /// Most processors of a work VM.
 const CPUS_MAX: usize = 4;
-/// Most processors of an emulated one: more of them only compete for the host's.
-const CPUS_EMULATED_MAX: usize = 2;
+/// Most processors of an emulated one. Linux patches its own code while it boots, and QEMU's emulator now and then
+/// lets another processor run into the middle of that: one boot of a hundred with two processors ended in
+/// `Oops: int3`.
+const CPUS_EMULATED_MAX: usize = 1;
 /// Commands that may wait for the virtual machine.
 const COMMANDS_MAX: usize = 4;
 /// How long `status` waits for the relay's counters.
@@ -82,12 +86,13 @@ impl StartError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Store(error) | Self::Slot(SlotError::Store(error)) if error.is_missing() => Exit::HostLacks,
+            Self::Store(error) => store_exit(error),
             Self::Slot(SlotError::Empty)
             | Self::OldRelease { .. }
             | Self::TestImage
             | Self::NoKvm
             | Self::Memory { .. } => Exit::HostLacks,
-            Self::Store(_) | Self::Slot(_) => Exit::NotVerified,
+            Self::Slot(error) => error.exit(),
             Self::Config(_) => Exit::Usage,
             Self::Vm(error) => error.exit(),
         }
@@ -233,6 +238,7 @@ impl Daemon {
         status: &watch::Sender<Status>,
     ) -> Result<(), StartError> {
         let started = Instant::now();
+        self.store.require_room()?;
         let mut plan = self.plan(Accelerator::best(&self.config.kvm)).await?;
         if !plan.machine.accelerator.is_emulation() && !self.kvm_works(&plan).await? {
             plan = self.plan(Accelerator::Tcg).await?;
@@ -243,7 +249,13 @@ impl Daemon {
             running: Running::of(&plan.ready.manifest, plan.machine.accelerator),
             clock: unix_now,
         };
-        Ok(vm::run(plan, asker, started, commands, status).await?)
+        self.store.mark_running()?;
+        let ran = vm::run(plan, asker, started, commands, status).await;
+        // Nothing is awaited in between, so whoever is told of the end finds the mark gone.
+        if let Err(error) = self.store.clear_running() {
+            tracing::warn!(words = chain(&error), "the work VM's end is not taken note of");
+        }
+        Ok(ran?)
     }
 
     async fn plan(&self, accelerator: Accelerator) -> Result<Plan, StartError> {
@@ -264,7 +276,7 @@ impl Daemon {
     }
 
     async fn try_kvm(&self, ready: &Ready) -> Result<Trial, StartError> {
-        let trial = vm::kvm_runs_a_guest(&self.config.qemu, ready).await?;
+        let trial = vm::kvm_runs_a_guest(&self.config.jail()?, &self.config.qemu, ready).await?;
         tracing::info!(?trial, "KVM was tried with a guest");
         let verdict = KvmVerdict::after(self.store.kvm_verdict(), trial, uptime_s());
         self.store.remember_kvm_verdict(verdict)?;
@@ -310,7 +322,7 @@ impl Daemon {
 
     /// The status with fresh counters.
     async fn status(&self) -> Status {
-        let Some(machine) = self.last().await else { return Status::off(self.user_mode) };
+        let Some(machine) = self.last().await else { return self.before() };
         if machine.status.borrow().is_alive() {
             let (done, refreshed) = oneshot::channel();
             let _ = machine.commands.try_send(Command::Refresh(done));
@@ -318,6 +330,19 @@ impl Daemon {
         }
         let status = machine.status.borrow();
         status.clone()
+    }
+
+    /// The status before any machine was started: how the last one ended, if kontord did not see it.
+    fn before(&self) -> Status {
+        let off = Status::off(self.user_mode);
+        let Some(cut_short) = self.store.cut_short() else { return off };
+        let detail = match cut_short {
+            CutShort::Kontord => "kontord was killed while the work VM ran, and took it down with it",
+            CutShort::Host => "the PC went off while the work VM ran",
+        };
+        let (reason, witness) = (StopReason::Vanished, Witness::Inferred);
+        let stop = StopNote::from(&Stop { reason, witness, detail: detail.to_owned() });
+        Status { state: State::Stopped, stop: Some(stop), ..off }
     }
 
     async fn logs(&self, to: &mut Answers) -> io::Result<Done> {
@@ -387,6 +412,7 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
         ready,
         qemu: config.qemu.clone(),
         relay: config.relay()?,
+        jail: config.jail()?,
         console_log: store.console_log(),
         probe_socket: config.probe_socket.clone(),
         tap: config.tap.clone(),

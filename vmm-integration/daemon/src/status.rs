@@ -3,6 +3,8 @@
 use crate::{
     exit::Exit,
     host::Accelerator,
+    jail::JailNote,
+    qemu::Backend,
     session::{LeaseNote, Session, Stop, Witness},
 };
 use kontor_relay::message::Counters;
@@ -13,7 +15,7 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// None was started since kontord runs.
+    /// None was started since kontord runs, and the last one before that was seen to its end.
     Off,
     /// The release is being verified, relay and QEMU are being started.
     Starting,
@@ -44,6 +46,10 @@ pub struct Status {
     pub accel: Option<Accelerator>,
     /// Whether instructions are emulated, which is no security boundary.
     pub emulated: bool,
+    /// What holds QEMU; nothing runs without.
+    pub jail: Option<JailNote>,
+    /// Which device the work VM's uplink is.
+    pub uplink: Option<Backend>,
     /// The started release.
     pub release: Option<Release>,
     /// The lease in use.
@@ -115,6 +121,8 @@ impl Status {
             ready_at_ms: None,
             accel: None,
             emulated: false,
+            jail: None,
+            uplink: None,
             release: None,
             lease: None,
             office: None,

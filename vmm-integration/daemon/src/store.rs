@@ -7,8 +7,10 @@
 //! slots/A/                the installed release
 //! kvm.json                whether KVM ran a guest when it was last tried
 //! fetched/                the newest release metadata that was ever fetched
+//! running                 the host's boot in which a machine was started that was not seen to its end
 //! console.log             what the guest's console said
-//! lock                    held while something above changes
+//! lock                    held while memory or host key change
+//! slots.lock              held while a release is installed
 //! ```
 //!
 //! Everything is verified when it is read, from the tenant's hash on. Older documents than those that
@@ -21,9 +23,9 @@ mod error;
 mod files;
 
 pub use error::StoreError;
-pub(crate) use files::{io_error, read, sync_parent};
+pub(crate) use files::{io_error, is_full, read, sync_parent};
 
-use crate::host::KvmVerdict;
+use crate::{console, host::KvmVerdict};
 use files::replace;
 use kontor_bundle::{
     Bundle,
@@ -142,6 +144,21 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const MEMORY: &str = "memory.json";
 /// What trying KVM came to.
 const KVM_VERDICT: &str = "kvm.json";
+/// Stands while a machine runs.
+const RUNNING: &str = "running";
+/// Least room for a start: two console logs, `memory.json` with the one that replaces it, and some.
+pub const ROOM: u64 = 2 << 20;
+
+const _: () = assert!(ROOM >= 2 * console::LOG_MAX + 2 * MEMORY_MAX);
+
+/// What took down a machine that nobody saw to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CutShort {
+    /// The end of kontord, which the host outlived.
+    Kontord,
+    /// The end of the host's boot.
+    Host,
+}
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -212,6 +229,14 @@ impl Store {
         self.flock("lock", FlockOperation::LockExclusive)
     }
 
+    /// Waits until nobody else installs. Held while a release is fetched, which nothing else has to wait for.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub(crate) fn lock_slots(&self) -> Result<Lock, StoreError> {
+        self.flock("slots.lock", FlockOperation::LockExclusive)
+    }
+
     /// Claims the device for this process, at once or not at all.
     ///
     /// # Errors
@@ -278,6 +303,51 @@ impl Store {
         let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
         let verdict = serde_json::to_vec(&OfBoot { boot, verdict }).expect("text and numbers serialize");
         replace(&self.dir.join(KVM_VERDICT), &verdict)
+    }
+
+    /// Takes note that a machine is about to run.
+    ///
+    /// # Errors
+    /// [`StoreError`] names the file.
+    pub(crate) fn mark_running(&self) -> Result<(), StoreError> {
+        let boot = boot_id().map_err(io_error("read", Path::new(BOOT_ID)))?;
+        replace(&self.dir.join(RUNNING), boot.as_bytes())
+    }
+
+    /// Takes note that the machine was seen to its end.
+    ///
+    /// # Errors
+    /// [`StoreError`] names the file.
+    pub(crate) fn clear_running(&self) -> Result<(), StoreError> {
+        let path = self.dir.join(RUNNING);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &path)(error)),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// What took down a machine that nobody saw to its end, if the last one was such.
+    #[must_use]
+    pub fn cut_short(&self) -> Option<CutShort> {
+        let then = read(&self.dir.join(RUNNING), SMALL_MAX).ok()?;
+        let same = boot_id().is_ok_and(|boot| boot.as_bytes() == then);
+        Some(if same { CutShort::Kontord } else { CutShort::Host })
+    }
+
+    /// Whether a machine could keep here what it has to while it runs.
+    ///
+    /// # Errors
+    /// [`StoreError`] of a full disk when there is less room than [`ROOM`].
+    pub(crate) fn require_room(&self) -> Result<(), StoreError> {
+        let check = || {
+            let disk = rustix::fs::statvfs(&self.dir)?;
+            if disk.f_bavail.saturating_mul(disk.f_frsize) < ROOM {
+                let words = format!("no space left for a work VM, which needs {ROOM} bytes");
+                return Err(io::Error::new(io::ErrorKind::StorageFull, words));
+            }
+            Ok(())
+        };
+        check().map_err(io_error("write in", &self.dir))
     }
 
     /// The highest versions ever seen; all zero before anything was.
@@ -403,8 +473,32 @@ impl Store {
         if device.state == DeviceState::Revoked { Ok(()) } else { Err(StoreError::NotRevoked) }
     }
 
-    /// Remembers that a release of this version was installed. The caller holds the lock.
+    /// Stores keysets that came by another way than with a lease, if record and bundle are good under the
+    /// newest of them too: false if they are not. Without record and bundle there is nothing to store them
+    /// for.
+    ///
+    /// # Errors
+    /// [`StoreError`] when a keyset does not follow, or cannot be written.
+    pub(crate) fn adopt(&self, untrusted_keysets: &[Vec<u8>]) -> Result<bool, StoreError> {
+        let _lock = self.lock()?;
+        let Kept { seen, documents } = self.kept()?;
+        let (Some(documents), false) = (documents, untrusted_keysets.is_empty()) else { return Ok(true) };
+        let chain = chain(self.keyset_up_to(seen.keyset_version)?, untrusted_keysets)?;
+        let (keyset, host_key) = (newest(&chain), self.host_key()?.public());
+        let device = self.check_device(keyset, documents.device.as_bytes(), &host_key);
+        let good = device.and_then(|(_, device)| {
+            let (_, bundle) = self.check_bundle(keyset, documents.bundle.as_bytes(), &device)?;
+            Ok((device, bundle))
+        });
+        let Ok((device, bundle)) = good else { return Ok(false) };
+        let seen = seen.after(keyset, &device, &bundle);
+        self.write(&self.change(&chain, documents, seen)?)?;
+        Ok(true)
+    }
+
+    /// Remembers that a release of this version was installed.
     pub(crate) fn remember_release(&self, version: u64) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
         let mut kept = self.kept()?;
         kept.seen.manifest_version = kept.seen.manifest_version.max(version);
         self.write(&[self.memory_step(&kept)?])

@@ -23,6 +23,7 @@ use crate::{
     session::{Action, Input, Session, Times},
     slots::Ready,
     status::{Release, Status, milliseconds},
+    store::is_full,
 };
 use kontor_relay::message::Counters;
 use kontor_wire::control::FromGuest;
@@ -48,6 +49,8 @@ pub struct Plan {
     pub qemu: PathBuf,
     /// The relay's program.
     pub relay: PathBuf,
+    /// The jailer's program.
+    pub jail: PathBuf,
     /// Where the console is written.
     pub console_log: PathBuf,
     /// Where the probe channel is served, if the release has one.
@@ -65,8 +68,14 @@ pub enum VmError {
     #[error("make the channels of the work VM")]
     Channels(#[source] io::Error),
     /// The console log.
-    #[error("open the console log")]
-    ConsoleLog(#[source] io::Error),
+    #[error("open the console log {path}")]
+    ConsoleLog {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The tap.
     #[error("open the tap {path}")]
     Tap {
@@ -88,6 +97,9 @@ pub enum VmError {
     /// The relay.
     #[error(transparent)]
     Relay(#[from] RelayStartError),
+    /// QEMU's jail.
+    #[error("QEMU cannot be jailed, and Kontor starts it no other way: {0}")]
+    NoJail(String),
     /// QEMU.
     #[error("start QEMU ({program}); is it installed?")]
     Qemu {
@@ -109,8 +121,14 @@ impl VmError {
             {
                 Exit::HostLacks
             }
+            Self::NoJail(_) | Self::Relay(RelayStartError::NoJail(_)) => Exit::HostLacks,
+            Self::ConsoleLog { source, .. } | Self::Tap { source, .. } | Self::Probe { source, .. }
+                if is_full(source) =>
+            {
+                Exit::HostLacks
+            }
             Self::Channels(_)
-            | Self::ConsoleLog(_)
+            | Self::ConsoleLog { .. }
             | Self::Tap { .. }
             | Self::Probe { .. }
             | Self::Relay(_)
@@ -147,6 +165,8 @@ pub async fn run<O: LeaseSource>(
     let verity_root = plan.ready.manifest.image.verity.root_hash.0;
     status.send_modify(|status| {
         status.accel = Some(plan.machine.accelerator);
+        status.jail = Some(plan.machine.jail());
+        status.uplink = Some(plan.machine.uplink);
         status.emulated = plan.machine.accelerator.is_emulation();
         status.release = Some(release(&plan.ready));
     });

@@ -26,13 +26,13 @@ use std::{
 };
 
 /// A PC with `kontord`'s files, on which nothing runs.
-pub(super) struct Pc {
+struct Pc {
     directory: PathBuf,
     bin: PathBuf,
 }
 
 impl Pc {
-    pub(super) fn new(stage: &mut Stage, name: &str, tenant: &str) -> run::Result<Self> {
+    fn new(stage: &mut Stage, name: &str, tenant: &str) -> run::Result<Self> {
         let directory = stage.plan.scratch.join(name);
         // An earlier trial's may be there.
         let _ = fs::remove_dir_all(&directory);
@@ -63,13 +63,8 @@ impl Pc {
         output(command.arg("--keyset").arg(keyset).arg("--device").arg(device).arg("--bundle").arg(bundle))
     }
 
-    pub(super) fn install(&self, repository: &Path) -> run::Result<Output> {
+    fn install(&self, repository: &Path) -> run::Result<Output> {
         output(self.kontord("install").arg("--repo").arg(repository))
-    }
-
-    /// Whether anything was put in place for a start.
-    pub(super) fn has_release(&self) -> bool {
-        only_file(&self.directory.join("state"), "manifest.json").is_ok()
     }
 }
 
@@ -407,7 +402,7 @@ fn only_file(directory: &Path, name: &str) -> Result<PathBuf, Failed> {
 }
 
 /// The command refused with exit code 3, and its message holds all of `said`.
-pub(super) fn refused(what: &str, output: &Output, said: &[&str]) -> Outcome {
+fn refused(what: &str, output: &Output, said: &[&str]) -> Outcome {
     let heard = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(3) && said.iter().all(|words| heard.contains(words)) {
         return Ok(());
@@ -415,7 +410,7 @@ pub(super) fn refused(what: &str, output: &Output, said: &[&str]) -> Outcome {
     Err(format!("{what}: {} {heard}; expected {said:?}", output.status).into())
 }
 
-pub(super) fn accepted(what: &str, output: &Output) -> Outcome {
+fn accepted(what: &str, output: &Output) -> Outcome {
     if output.status.success() {
         return Ok(());
     }

@@ -54,7 +54,7 @@ pub(super) fn large_file(stage: &mut Stage) -> Outcome {
 /// Fetches the large file in the work VM in one go and compares its digest.
 pub(super) fn fetch_large_file(stage: &mut Stage, options: &str) -> Outcome {
     let site = stage.scene()?.office.path("site").join(LARGE_FILE);
-    let expected = hex::encode(sha256(&site).map_err(words)?);
+    let expected = digest(&site).map_err(words)?;
     let fetch = format!(
         "/usr/bin/curl -sS --max-time 120 {options} http://{INTRANET_NAME}/{LARGE_FILE} | /usr/bin/sha256sum"
     );
@@ -71,10 +71,12 @@ pub(super) fn canary(stage: &mut Stage) -> Outcome {
     Ok(())
 }
 
-fn sha256(path: &Path) -> Result<Vec<u8>> {
+/// SHA-256 of a file, in lower-case hexadecimal digits.
+pub(super) fn digest(path: &Path) -> Result<String> {
     let printed = crate::run::quietly(std::process::Command::new("sha256sum").arg(path))?;
     let digits: Vec<u8> = printed.into_iter().take(64).collect();
     hex::decode(digits)
+        .map(hex::encode)
         .map_err(|e| crate::run::Error::Unexpected(format!("sha256sum printed no digest: {e}")))
 }
 

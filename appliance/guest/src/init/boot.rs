@@ -221,7 +221,8 @@ fn ask(
             }
             Event::Host(FromHost::Refused) => return Err(Stop::Refused),
             Event::Late => return Err(Stop::NoLease),
-            event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
+            event
+            @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_) | Event::Woken) => {
                 watched.handle(event)?
             }
         }
@@ -257,7 +258,11 @@ impl Leased {
                 Event::Tunnel(FromTunnel::Up(gateway)) => break gateway,
                 Event::Late if until == ends => return Err(Stop::LeaseExpired),
                 Event::Late => return Err(Stop::NoTunnel),
-                event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
+                event @ (Event::Host(_)
+                | Event::Child(..)
+                | Event::Tunnel(_)
+                | Event::Post(_)
+                | Event::Woken) => {
                     watched.handle(event)?;
                 }
             }

@@ -108,7 +108,7 @@ impl Error {
     fn exit(&self) -> Exit {
         match self {
             Self::Config(_) | Self::NoOwner | Self::OwnerInUserMode => Exit::Usage,
-            Self::Store(error) if error.is_missing() => Exit::HostLacks,
+            Self::Store(error) if error.is_missing() || error.is_full() => Exit::HostLacks,
             Self::Store(StoreError::Busy(_) | StoreError::Io { .. }) => Exit::Failed,
             Self::Store(_) => Exit::NotVerified,
             Self::Install { source, .. } => source.exit(),

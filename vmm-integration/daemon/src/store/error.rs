@@ -1,5 +1,6 @@
 //! The ways in which stored things are not what they must be.
 
+use super::is_full;
 use kontor_bundle::BundleError;
 use kontor_trust::{DeviceId, DocumentError, EnvelopeError, KeyError, KeysetError, PublicKey};
 use std::{io, path::PathBuf};
@@ -8,7 +9,7 @@ use std::{io, path::PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// A file or directory.
-    #[error("{doing} {path}")]
+    #[error("{doing} {path}{}", advice(source))]
     Io {
         /// What was being done.
         doing: &'static str,
@@ -115,4 +116,13 @@ impl StoreError {
         matches!(self, Self::NoDocuments)
             || matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
+    /// Whether the disk has no room for more.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_full(source))
+    }
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    if is_full(error) { " (make room there)" } else { "" }
 }
