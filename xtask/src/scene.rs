@@ -25,6 +25,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Scene {
     pub(crate) office: Office,
     pub(crate) home: HomePc,
+    /// How long leases live, in seconds.
+    pub(crate) lease_s: u64,
     link: Capture,
     inside: Capture,
 }
@@ -57,7 +59,7 @@ impl Scene {
         let link = Capture::start(Host::Home, Some(HOME_LINK))?;
         let inside = Capture::start(Host::Office, None)?;
         home.start_kontord()?;
-        Ok(Self { office, home, link, inside })
+        Ok(Self { office, home, lease_s, link, inside })
     }
 
     /// What everybody said last, for a person who has nothing else to look at.
