@@ -9,16 +9,8 @@ use crate::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     pipe::PipeFlags,
-    thread::{LinkNameSpaceType, move_into_link_name_space},
 };
-use std::{
-    fs::File,
-    io,
-    net::Ipv4Addr,
-    os::fd::{AsFd, OwnedFd},
-    sync::mpsc,
-    thread::JoinHandle,
-};
+use std::{io, net::Ipv4Addr, os::fd::OwnedFd, sync::mpsc, thread::JoinHandle};
 
 /// A running capture. Packets are kept in memory: a run here moves some tens of megabytes.
 pub(crate) struct Capture {
@@ -74,8 +66,7 @@ impl Capture {
 /// A ring in the host's network namespace; the calling thread moves there for good.
 fn open(host: Host, interface: Option<&str>) -> io::Result<PacketRing> {
     use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
-    let namespace = File::open(host.namespace())?;
-    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+    host.enter()?;
     let index = interface.map(|name| {
         let any = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
         name_to_index(any, name)

@@ -12,6 +12,7 @@ mod clean;
 mod demo;
 mod fresh;
 mod leaks;
+mod liar;
 mod numeric;
 mod office;
 mod packages;

@@ -30,7 +30,7 @@ pub(crate) const LARGE_FILE: &str = "large.bin";
 /// Length of that file in bytes.
 pub(crate) const LARGE_FILE_LEN: usize = 8 << 20;
 /// The device's line and name.
-const LINE: &str = "sales";
+pub(crate) const LINE: &str = "sales";
 pub(crate) const DEVICE: &str = "anna-1";
 /// Longest time from a lease's end to the work VM's; a quarter of the lease's life where that is less.
 const LAPSE_OFF_S_MAX: u64 = 60;
@@ -53,6 +53,12 @@ struct Site {
 const PRIMARY: Site = Site { id: GATEWAY_ID, port: GATEWAY_PORT, name: "gateway", tun: "kgw0", network: 77 };
 /// The one that bundle and lease name behind it. It runs only where a test starts it.
 const SPARE: Site = Site { id: 2, port: SPARE_PORT, name: "spare", tun: "kgw1", network: 78 };
+
+/// The id of each gateway, and the networks of the addresses that it gives.
+pub(crate) fn pools() -> [(u8, String, String); 2] {
+    [PRIMARY, SPARE]
+        .map(|Site { id, network, .. }| (id, format!("10.{network}.0.0/16"), format!("fd{network}::/64")))
+}
 
 /// A running office.
 pub(crate) struct Office {
@@ -118,9 +124,14 @@ impl Office {
 
     /// Publishes a release: CI signs it, then the rebuilder, who also has the keys of snapshot and timestamp.
     pub(crate) fn publish(&self, release: &Path) -> Result<()> {
+        self.publish_to(&self.repository(), release)
+    }
+
+    /// The same, in a copy of the repository.
+    pub(crate) fn publish_to(&self, repository: &Path, release: &Path) -> Result<()> {
         let (ci, rebuilder) = (["targets-ci"], ["targets-rebuilder", "snapshot", "timestamp"]);
         for (verb, names) in [("publish", &ci[..]), ("cosign", &rebuilder[..])] {
-            quietly(&mut self.publishing(verb, names, release, &self.repository()))?;
+            quietly(&mut self.publishing(verb, names, release, repository))?;
         }
         Ok(())
     }
@@ -142,7 +153,7 @@ impl Office {
     }
 
     /// The directory that control answers from.
-    fn control_directory(&self) -> PathBuf {
+    pub(crate) fn control_directory(&self) -> PathBuf {
         self.path("control")
     }
 
@@ -192,7 +203,18 @@ impl Office {
         self.control_directory().join(format!("bundles/{LINE}.json"))
     }
 
-    fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
+    /// A bundle that the newest has replaced, where a trial keeps one.
+    pub(crate) fn old_bundle(&self) -> PathBuf {
+        self.path("old-bundle.json")
+    }
+
+    /// Where control tells the gateway about leases.
+    pub(crate) fn admission_socket(&self) -> PathBuf {
+        self.path("gateway.sock")
+    }
+
+    /// Signs the line's newest bundle, which control has from then on.
+    pub(crate) fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
         let mut gateways = String::new();
         for site in [&PRIMARY, &SPARE] {
             let Site { id, port, network, .. } = site;

@@ -5,12 +5,13 @@ use crate::{
     capture::{Capture, Packet},
     office::{INTRANET_NAME, Office},
     probe::Probe,
-    run::{Error, Result, quietly},
+    run::{Error, Result, chain, quietly},
     workvm::HomePc,
     world::{HOME_LINK, Host},
 };
 use std::{
     fs,
+    path::Path,
     process::Command,
     time::{Duration, Instant},
 };
@@ -24,6 +25,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Scene {
     pub(crate) office: Office,
     pub(crate) home: HomePc,
+    /// How long leases live, in seconds.
+    pub(crate) lease_s: u64,
     link: Capture,
     inside: Capture,
 }
@@ -56,7 +59,26 @@ impl Scene {
         let link = Capture::start(Host::Home, Some(HOME_LINK))?;
         let inside = Capture::start(Host::Office, None)?;
         home.start_kontord()?;
-        Ok(Self { office, home, link, inside })
+        Ok(Self { office, home, lease_s, link, inside })
+    }
+
+    /// What everybody said last, for a person who has nothing else to look at.
+    pub(crate) fn evidence(&self) -> String {
+        let status = match self.home.status() {
+            Ok(status) => status.to_string(),
+            Err(error) => chain(&error),
+        };
+        let mut text = format!("status: {status}");
+        let logs = [
+            ("console", self.home.console_log()),
+            ("kontord", self.home.path("kontord.log")),
+            ("control", self.office.path("control.log")),
+            ("gateway", self.office.path("gateway.log")),
+        ];
+        for (name, log) in logs {
+            text.push_str(&format!("\n── {name}\n{}", tail(&log)));
+        }
+        text
     }
 
     /// Closes everything and returns what was recorded.
@@ -64,6 +86,14 @@ impl Scene {
         self.home.stop_kontord()?;
         Ok(Recording { link: self.link.stop()?, office: self.inside.stop()? })
     }
+}
+
+/// The last lines of a log.
+fn tail(log: &Path) -> String {
+    const LINES: usize = 40;
+    let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
 /// Reads the intranet's page with a program in the work VM; its title and how long it took.

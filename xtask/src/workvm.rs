@@ -152,7 +152,13 @@ uplink = "{uplink}"
         if file.exists() { Ok(file) } else { Err(Error::Unexpected(format!("no {}", file.display()))) }
     }
 
-    fn console_log(&self) -> PathBuf {
+    /// A file that kontord keeps for the device.
+    pub(crate) fn device_file(&self, name: &str) -> PathBuf {
+        self.device_directory().join(name)
+    }
+
+    /// What the guest's console said.
+    pub(crate) fn console_log(&self) -> PathBuf {
         self.device_directory().join("console.log")
     }
 

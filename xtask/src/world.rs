@@ -14,10 +14,13 @@ use crate::{
     build::Plan,
     run::{Result, at, quietly},
 };
-use rustix::fs::Mode;
+use rustix::{
+    fs::Mode,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 use std::{
-    env, fs,
-    os::unix::fs::PermissionsExt,
+    env, fs, io,
+    os::{fd::AsFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
     sync::LazyLock,
@@ -66,6 +69,12 @@ impl Host {
     /// The file that stands for the host's network namespace.
     pub(crate) fn namespace(self) -> String {
         format!("/run/netns/{}", self.name())
+    }
+
+    /// Moves the calling thread to this host's network for good.
+    pub(crate) fn enter(self) -> io::Result<()> {
+        let namespace = fs::File::open(self.namespace())?;
+        Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?)
     }
 
     /// A command that will run on this host, as root of the outer namespace.

@@ -7,10 +7,11 @@ use super::{
 };
 use crate::{
     build::Plan,
+    liar::unix_now,
     scene::{PATIENCE, Scene},
 };
 use libtest_mimic::Failed;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// How long leases live here, in seconds.
 const SHORT_LEASE_S: u64 = 20;
@@ -21,18 +22,29 @@ const SLOW_TRANSFER: Duration = Duration::from_secs(35);
 
 /// The first scene is over: a second one, in the same hosts, with leases that live for seconds.
 pub(super) fn starts_under_a_short_lease(stage: &mut Stage) -> Outcome {
-    stage.probe = None;
+    (stage.probe, stage.liar) = (None, None);
     if let Some(first) = stage.scene.take() {
         first.close().map_err(words)?;
     }
     let scratch = stage.plan.scratch.join("short");
+    // There is one already where its work VM did not start or ended.
+    let _ = std::fs::remove_dir_all(&scratch);
     std::fs::create_dir(&scratch).map_err(|e| format!("{}: {e}", scratch.display()))?;
     let plan = Plan { scratch, ..stage.plan.clone() };
     stage.scene = Some(Scene::open(&plan, SHORT_LEASE_S).map_err(words)?);
     starts(stage)
 }
 
+/// For trials that need the second scene, should they run without the one before.
+fn under_a_short_lease(stage: &mut Stage) -> Outcome {
+    if stage.scene.as_ref().is_some_and(|scene| scene.lease_s == SHORT_LEASE_S) && stage.runs()? {
+        return Ok(());
+    }
+    starts_under_a_short_lease(stage)
+}
+
 pub(super) fn transfer_outlasts_renewals(stage: &mut Stage) -> Outcome {
+    under_a_short_lease(stage)?;
     let admitted = |stage: &mut Stage| {
         Ok::<_, Failed>(stage.scene()?.office.gateway_said("admitted").map_err(words)?.len())
     };
@@ -47,6 +59,7 @@ pub(super) fn transfer_outlasts_renewals(stage: &mut Stage) -> Outcome {
 
 /// Control is gone: the lease in force is used to its end, then both sides let go and say why.
 pub(super) fn ends_with_its_lease(stage: &mut Stage) -> Outcome {
+    under_a_short_lease(stage)?;
     stage.scene()?.office.kill_control().map_err(words)?;
     let status = stage.scene()?.home.status().map_err(words)?;
     let not_after = status["lease"]["not_after"].as_u64().ok_or("no lease in the status")?;
@@ -75,8 +88,4 @@ pub(super) fn ends_with_its_lease(stage: &mut Stage) -> Outcome {
         return Ok(());
     }
     Err(format!("status says {status}").into())
-}
-
-fn unix_now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

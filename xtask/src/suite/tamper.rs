@@ -6,6 +6,7 @@ use std::path::Path;
 
 /// A byte changed in a piece that is verified before the start: exit code 3, and the piece is named.
 pub(super) fn tampered_pieces(stage: &mut Stage) -> Outcome {
+    stage.quiet()?;
     let scene = stage.scene()?;
     for piece in ["kernel", "initrd", "segment"] {
         let file = scene.home.slot_file(piece).map_err(words)?;
@@ -22,6 +23,7 @@ pub(super) fn tampered_pieces(stage: &mut Stage) -> Outcome {
 
 /// A byte changed in what vouches for the installed release: exit code 3, and the file is named.
 pub(super) fn tampered_metadata(stage: &mut Stage) -> Outcome {
+    stage.quiet()?;
     let scene = stage.scene()?;
     for (name, said) in [
         ("manifest.json", "manifest.json"),
@@ -40,6 +42,63 @@ pub(super) fn tampered_metadata(stage: &mut Stage) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// A byte changed in what the host keeps of the office's documents: exit code 3, and the document is named.
+pub(super) fn tampered_documents(stage: &mut Stage) -> Outcome {
+    stage.quiet()?;
+    let home = &stage.scene()?.home;
+    let memory = home.device_file("memory.json");
+    let keyset = home.device_file("keysets/00000001.json");
+    let (memory_bytes, keyset_bytes) = (read(&memory)?, read(&keyset)?);
+    let mut other_keyset = keyset_bytes.clone();
+    super::lies::flip(&mut other_keyset);
+    let mut cases = vec![("the stored keyset 1", &keyset, other_keyset)];
+    for (document, said) in
+        [("device", "the device record is not signed"), ("bundle", "the bundle is not signed")]
+    {
+        let mut kept: serde_json::Value = serde_json::from_slice(&memory_bytes)?;
+        let envelope = &mut kept["documents"][document];
+        let mut changed = envelope.as_str().ok_or("no such document is kept")?.as_bytes().to_vec();
+        super::lies::flip(&mut changed);
+        *envelope = String::from_utf8(changed)?.into();
+        cases.push((said, &memory, serde_json::to_vec(&kept)?));
+    }
+    let mut other_memory = memory_bytes.clone();
+    other_memory[0] = !other_memory[0];
+    cases.push(("memory.json", &memory, other_memory));
+    for (said, file, bytes) in cases {
+        std::fs::write(file, bytes)?;
+        let output = home.kontor(&["start", "--headless"]).map_err(words)?;
+        std::fs::write(&memory, &memory_bytes)?;
+        std::fs::write(&keyset, &keyset_bytes)?;
+        let heard = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.code() != Some(3) || !heard.contains(said) {
+            return Err(format!("changed {}: {} {heard}", file.display(), output.status).into());
+        }
+    }
+    Ok(())
+}
+
+/// A byte changed in what control answers from: it does not start, exit code 3, and the file is named. What is
+/// changed on the way, or by control itself, is a lie: see `lies`.
+pub(super) fn tampered_office(stage: &mut Stage) -> Outcome {
+    let copy = stage.plan.scratch.join("tampered-control");
+    let program = stage.plan.bin.join("kontor-control");
+    let original = stage.scene()?.office.control_directory();
+    for name in ["keysets/00000001.json", "devices/anna-1.json", "bundles/sales.json"] {
+        let _ = std::fs::remove_dir_all(&copy);
+        crate::build::copy(&original, &copy).map_err(words)?;
+        let mut bytes = read(&copy.join(name))?;
+        super::lies::flip(&mut bytes);
+        std::fs::write(copy.join(name), bytes)?;
+        let output = std::process::Command::new(&program).args(["serve", "--dir"]).arg(&copy).output()?;
+        let heard = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.code() != Some(3) || !heard.contains(name) {
+            return Err(format!("changed {name}: {} {heard}", output.status).into());
+        }
+    }
+    Ok(std::fs::remove_dir_all(&copy)?)
 }
 
 /// A byte changed in each file of the repository: nothing is installed, exit code 3, and the part is named.
@@ -90,6 +149,7 @@ pub(super) fn tampered_repository(stage: &mut Stage) -> Outcome {
 /// the host says that it was dm-verity.
 pub(super) fn changed_root(stage: &mut Stage) -> Outcome {
     const BLOCK: u64 = 4096;
+    stage.quiet()?;
     let scene = stage.scene()?;
     let file = scene.home.slot_file("root.img").map_err(words)?;
     let manifest = std::fs::read(scene.home.slot_file("manifest.json").map_err(words)?)?;
@@ -112,6 +172,10 @@ pub(super) fn changed_root(stage: &mut Stage) -> Outcome {
         }
     }
     Ok(())
+}
+
+fn read(file: &Path) -> std::result::Result<Vec<u8>, Failed> {
+    Ok(std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?)
 }
 
 fn length(file: &Path) -> std::result::Result<u64, Failed> {

@@ -11,6 +11,8 @@ use crate::{
 use std::path::Path;
 
 pub(super) fn starts(stage: &mut Stage) -> Outcome {
+    stage.probe = None;
+    stage.quiet()?;
     let scene = stage.scene()?;
     scene.home.start().map_err(words)?;
     let status = scene.home.status().map_err(words)?;
@@ -79,6 +81,7 @@ pub(super) fn digest(path: &Path) -> Result<String> {
 }
 
 pub(super) fn gateway_restart(stage: &mut Stage) -> Outcome {
+    stage.probe()?;
     stage.scene()?.office.kill_gateway().map_err(words)?;
     let url = format!("http://{INTRANET_NAME}/");
     let without = ["/usr/bin/curl", "-sS", "--fail", "--max-time", "5", &url];
@@ -106,6 +109,7 @@ pub(super) fn gateway_restart(stage: &mut Stage) -> Outcome {
 
 /// Control is needed for a lease, not for a packet.
 pub(super) fn control_restart(stage: &mut Stage) -> Outcome {
+    stage.probe()?;
     stage.scene()?.office.kill_control().map_err(words)?;
     let read = page_is_read(stage);
     stage.scene()?.office.start_control().map_err(words)?;

@@ -233,7 +233,9 @@ impl Leased {
     /// Gives the interface its addresses and the tunnel its key, and waits for the gateway.
     pub(crate) fn connect(self, events: &mut Events) -> Result<TunnelUp, Stop> {
         let Self { before, key, secret, granted } = self;
-        let until = Moment::now().after(TUNNEL_MAX);
+        // The gateway makes no peer of a lease that ended.
+        let ends = granted.ends();
+        let until = Moment::now().after(TUNNEL_MAX).min(ends);
         let none =
             || Stop::System { doing: "find the lease's gateway", source: io::ErrorKind::NotFound.into() };
         let configure = granted.configure(secret).ok_or_else(none)?;
@@ -254,6 +256,7 @@ impl Leased {
                     None => return Err(Stop::Link(crate::link::LinkError::Malformed)),
                 },
                 Event::Tunnel(FromTunnel::Up(gateway)) => break gateway,
+                Event::Late if until == ends => return Err(Stop::LeaseExpired),
                 Event::Late => return Err(Stop::NoTunnel),
                 event @ (Event::Host(_)
                 | Event::Child(..)
