@@ -2,7 +2,9 @@
 
 use crate::{
     config::{Config, ConfigError},
-    console, doctor,
+    console,
+    control_group::Delegated,
+    doctor,
     exit::{Exit, chain},
     fetch::store_exit,
     host::{Accelerator, KvmVerdict, Trial, unix_now, uptime_s},
@@ -105,6 +107,7 @@ pub struct Daemon {
     config: Config,
     store: Store,
     user_mode: bool,
+    delegated: Option<Delegated>,
     life: Mutex<Life>,
 }
 
@@ -126,10 +129,10 @@ struct Machine {
 }
 
 impl Daemon {
-    /// A service without a machine.
+    /// A service without a machine; `delegated` is where control groups may be made.
     #[must_use]
-    pub fn new(config: Config, store: Store, user_mode: bool) -> Self {
-        Self { config, store, user_mode, life: Mutex::new(Life::Idle) }
+    pub fn new(config: Config, store: Store, user_mode: bool, delegated: Option<Delegated>) -> Self {
+        Self { config, store, user_mode, delegated, life: Mutex::new(Life::Idle) }
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -261,7 +264,8 @@ impl Daemon {
     async fn plan(&self, accelerator: Accelerator) -> Result<Plan, StartError> {
         let (config, store) = (self.config.clone(), self.store.clone());
         let planning = tokio::task::spawn_blocking(move || plan(&config, &store, accelerator));
-        planning.await.map_err(|error| VmError::Channels(io::Error::other(error)))?
+        let plan = planning.await.map_err(|error| VmError::Channels(io::Error::other(error)))??;
+        Ok(Plan { delegated: self.delegated.clone(), ..plan })
     }
 
     /// Whether KVM runs a guest. Tried once in each boot of the host, and again after a while if nothing
@@ -276,7 +280,8 @@ impl Daemon {
     }
 
     async fn try_kvm(&self, ready: &Ready) -> Result<Trial, StartError> {
-        let trial = vm::kvm_runs_a_guest(&self.config.jail()?, &self.config.qemu, ready).await?;
+        let jailer = self.config.jail()?;
+        let trial = vm::kvm_runs_a_guest(&jailer, &self.config.qemu, self.delegated.as_ref(), ready).await?;
         tracing::info!(?trial, "KVM was tried with a guest");
         let verdict = KvmVerdict::after(self.store.kvm_verdict(), trial, uptime_s());
         self.store.remember_kvm_verdict(verdict)?;
@@ -413,6 +418,7 @@ pub fn plan(config: &Config, store: &Store, accelerator: Accelerator) -> Result<
         qemu: config.qemu.clone(),
         relay: config.relay()?,
         jail: config.jail()?,
+        delegated: None,
         console_log: store.console_log(),
         probe_socket: config.probe_socket.clone(),
         tap: config.tap.clone(),

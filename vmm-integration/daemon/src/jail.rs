@@ -1,6 +1,6 @@
 //! Starting a program in a jail, by `kontor-jail` (see its own text), and the line by which it hangs.
 
-use crate::sys;
+use crate::{control_group::Group, sys};
 use command_fds::{CommandFdExt, FdMapping};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -45,6 +45,8 @@ pub(crate) struct Inmate {
     /// Its descriptors beside 0 to 2, and their numbers.
     pub(crate) descriptors: Vec<(OwnedFd, RawFd)>,
     pub(crate) limits: Limits,
+    /// A control group to be in.
+    pub(crate) group: Option<Group>,
 }
 
 /// What it may use.
@@ -52,17 +54,19 @@ pub(crate) struct Inmate {
 pub(crate) struct Limits {
     /// Descriptors.
     pub(crate) files: u64,
-    /// Address space in bytes.
-    pub(crate) address_space: u64,
+    /// Address space in bytes; `None` where a control group limits the memory.
+    pub(crate) address_space: Option<u64>,
 }
 
 /// How the work VM's QEMU is held, for the status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JailNote {
-    /// What limits its memory: `address-space` (RLIMIT_AS), which leaves the processor unlimited.
+    /// What limits its memory: `cgroup` (a control group) or `address-space` (RLIMIT_AS).
     pub limit: String,
     /// How much memory that is, in MiB.
     pub memory_mib: u64,
+    /// How many processors it may keep busy; `None` where nothing limits that.
+    pub cpus: Option<usize>,
 }
 
 /// A jailed program and its jailer.
@@ -71,6 +75,8 @@ pub(crate) struct Jailed {
     jailer: Child,
     /// When this closes, the jailer ends the program.
     line: Option<UnixStream>,
+    /// Where both are.
+    group: Option<Group>,
 }
 
 /// A first descriptor behind those that are handed over.
@@ -94,8 +100,10 @@ impl Jailed {
         for (_, number) in &inmate.descriptors {
             command.args(["--keep", &number.to_string()]);
         }
+        if let Some(bytes) = inmate.limits.address_space {
+            command.args(["--memory", &bytes.to_string()]);
+        }
         command
-            .args(["--memory", &inmate.limits.address_space.to_string()])
             .args(["--files", &inmate.limits.files.to_string(), "--"])
             .arg(find(&inmate.program)?)
             .args(inmate.arguments)
@@ -106,9 +114,10 @@ impl Jailed {
         let descriptors = inmate.descriptors.into_iter().chain([(report.into(), report_at)]);
         let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
         command.fd_mappings(descriptors.map(mapping).collect()).map_err(io::Error::other)?;
-        sys::confine(&mut command, report_at + 1);
+        let door = inmate.group.as_ref().map(Group::door).transpose()?;
+        sys::confine(&mut command, report_at + 1, door);
         let jailer = tokio::process::Command::from(command).kill_on_drop(true).spawn()?;
-        Ok(Self { jailer, line: Some(UnixStream::from_std(line)?) })
+        Ok(Self { jailer, line: Some(UnixStream::from_std(line)?), group: inmate.group })
     }
 
     /// Waits until the program runs; its process id, or `None` when there is none: then the jailer ends
@@ -137,7 +146,10 @@ impl Jailed {
 
     /// Waits for the end; the jailer ends as the program did.
     pub(crate) async fn wait(&mut self) -> io::Result<ExitStatus> {
-        self.jailer.wait().await
+        let status = self.jailer.wait().await;
+        // What the jailer could not take with it ends here.
+        self.group = None;
+        status
     }
 }
 
@@ -145,7 +157,7 @@ impl Jailed {
 impl Jailed {
     /// A program in the jailer's place.
     pub(crate) fn unjailed(program: &str) -> Self {
-        Self { jailer: tokio::process::Command::new(program).spawn().unwrap(), line: None }
+        Self { jailer: tokio::process::Command::new(program).spawn().unwrap(), line: None, group: None }
     }
 }
 

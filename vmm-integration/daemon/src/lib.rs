@@ -18,6 +18,7 @@
 
 pub mod config;
 mod console;
+pub mod control_group;
 pub mod daemon;
 mod doctor;
 pub mod exit;

@@ -10,6 +10,7 @@
 //! ```
 
 use crate::{
+    control_group::{Delegated, Group, Share},
     host::Accelerator,
     jail::{Inmate, JailNote, Jailed, Limits, Profile},
 };
@@ -33,7 +34,7 @@ const PROBE: RawFd = 10;
 const FILES_MAX: u64 = 512;
 /// The emulator's buffer of translated code, in MiB.
 const CODE_BUFFER_MIB: u64 = 64;
-/// Address space beside the guest's memory and that buffer, in MiB: libraries, heap, thread stacks.
+/// Memory or address space beside the guest's memory and that buffer, in MiB: libraries, heap, thread stacks.
 const OVERHEAD_MIB: u64 = 512;
 
 /// Which device the guest's uplink is.
@@ -218,6 +219,7 @@ pub(crate) fn start(
     jailer: &Path,
     program: &Path,
     machine: &Machine,
+    group: Option<Group>,
     inherited: Inherited,
 ) -> io::Result<Jailed> {
     let arguments = machine.arguments(inherited.root.is_some()).into_iter().map(Into::into).collect();
@@ -225,20 +227,31 @@ pub(crate) fn start(
         Accelerator::Kvm => Profile::QemuKvm,
         Accelerator::Tcg => Profile::Qemu,
     };
-    let limits = Limits { files: FILES_MAX, address_space: machine.address_space_mib() << 20 };
+    let address_space = group.is_none().then(|| machine.most_memory_mib() << 20);
+    let limits = Limits { files: FILES_MAX, address_space };
     let descriptors = inherited.numbered();
-    Jailed::start(jailer, Inmate { profile, program: program.into(), arguments, descriptors, limits })
+    let inmate = Inmate { profile, program: program.into(), arguments, descriptors, limits, group };
+    Jailed::start(jailer, inmate)
 }
 
 impl Machine {
-    /// Most address space of QEMU, in MiB.
-    fn address_space_mib(&self) -> u64 {
+    /// Most memory of QEMU, or most address space, in MiB.
+    fn most_memory_mib(&self) -> u64 {
         u64::from(self.memory_mib) + CODE_BUFFER_MIB + OVERHEAD_MIB
     }
 
     /// What holds its QEMU.
-    pub(crate) fn jail(&self) -> JailNote {
-        JailNote { limit: "address-space".into(), memory_mib: self.address_space_mib() }
+    pub(crate) fn jail(&self, group: Option<&Group>) -> JailNote {
+        let limit = if group.is_some() { "cgroup" } else { "address-space" };
+        let cpus = group.filter(|group| group.limits_cpu()).map(|_| self.cpus);
+        JailNote { limit: limit.into(), memory_mib: self.most_memory_mib(), cpus }
+    }
+
+    /// A control group for it. Where none can be made, the address space is limited instead.
+    pub(crate) fn group(&self, delegated: Option<&Delegated>) -> Option<Group> {
+        let share = Share { memory_bytes: self.most_memory_mib() << 20, cpus: self.cpus };
+        let made = delegated?.group(share);
+        made.inspect_err(|error| tracing::warn!(%error, "QEMU gets no control group")).ok()
     }
 }
 

@@ -248,9 +248,10 @@ fn spawn(jailer: &Path, program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> i
     let line =
         ["--uplink", "3", "--control", "4", "--udp4", "5"].into_iter().chain(udp6.into_iter().flatten());
     let arguments = line.map(Into::into).collect();
-    let limits = Limits { files: FILES_MAX, address_space: ADDRESS_SPACE };
+    let limits = Limits { files: FILES_MAX, address_space: Some(ADDRESS_SPACE) };
     let profile = Profile::Relay;
-    Jailed::start(jailer, Inmate { profile, program: program.into(), arguments, descriptors, limits })
+    let inmate = Inmate { profile, program: program.into(), arguments, descriptors, limits, group: None };
+    Jailed::start(jailer, inmate)
 }
 
 #[cfg(test)]

@@ -15,9 +15,14 @@ use std::{
 /// Lets the child die with this process, and takes privileges by exec from it. It keeps the descriptors below
 /// `first_closed`. The signal of death is tied to the *thread* that starts the child, so children are
 /// started by the main thread only, which is what the one-threaded runtime does.
-pub(crate) fn confine(command: &mut Command, first_closed: RawFd) {
+///
+/// `group` is the door of a control group that it enters before anything else.
+pub(crate) fn confine(command: &mut Command, first_closed: RawFd, group: Option<File>) {
     let parent = getpid();
     let confine = move || {
+        if let Some(group) = &group {
+            rustix::io::write(group, b"0")?;
+        }
         tie(parent)?;
         rustix::thread::set_no_new_privs(true)?;
         keep_below(first_closed)

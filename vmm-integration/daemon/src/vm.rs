@@ -15,6 +15,7 @@ mod machine;
 mod trial;
 
 use crate::{
+    control_group::Delegated,
     exit::Exit,
     lease::Asker,
     office::LeaseSource,
@@ -51,6 +52,8 @@ pub struct Plan {
     pub relay: PathBuf,
     /// The jailer's program.
     pub jail: PathBuf,
+    /// Where it may have a control group.
+    pub delegated: Option<Delegated>,
     /// Where the console is written.
     pub console_log: PathBuf,
     /// Where the probe channel is served, if the release has one.
@@ -163,16 +166,17 @@ pub async fn run<O: LeaseSource>(
     status: &watch::Sender<Status>,
 ) -> Result<(), VmError> {
     let verity_root = plan.ready.manifest.image.verity.root_hash.0;
+    let group = plan.machine.group(plan.delegated.as_ref());
     status.send_modify(|status| {
         status.accel = Some(plan.machine.accelerator);
-        status.jail = Some(plan.machine.jail());
+        status.jail = Some(plan.machine.jail(group.as_ref()));
         status.uplink = Some(plan.machine.uplink);
         status.emulated = plan.machine.accelerator.is_emulation();
         status.release = Some(release(&plan.ready));
     });
     let (inputs_tx, mut inputs) = mpsc::channel(INPUTS_MAX);
     let times = plan.times;
-    let mut vm = Vm::start(plan, inputs_tx.clone()).await?;
+    let mut vm = Vm::start(plan, group, inputs_tx.clone()).await?;
     let qemu_at = vm.qemu_begun().saturating_duration_since(started);
     status.send_modify(|status| status.qemu_at_ms = Some(milliseconds(qemu_at)));
     let mut session = Session::new(times, verity_root, started.elapsed());

@@ -182,12 +182,12 @@ fn show_status(out: &mut impl Write, status: &Status) -> io::Result<()> {
     }
     if let (Some(jail), Some(uplink)) = (&status.jail, status.uplink) {
         let memory = jail.memory_mib;
-        writeln!(
-            out,
-            "Jailed: at most {memory} MiB of memory ({}), no limit on the processor. Uplink: {}",
-            jail.limit,
-            uplink.name()
-        )?;
+        let processors = match jail.cpus {
+            Some(cpus) => format!("at most {cpus} processors"),
+            None => "no limit on the processor".to_owned(),
+        };
+        let (limit, uplink) = (&jail.limit, uplink.name());
+        writeln!(out, "Jailed: at most {memory} MiB of memory ({limit}), {processors}. Uplink: {uplink}")?;
     }
     if status.emulated {
         writeln!(out, "EMULATED: slow, and no security boundary.")?;

@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand};
 use kontor_daemon::{
     config::{Config, ConfigError},
+    control_group::Delegated,
     daemon::Daemon,
     exit::{Exit, chain},
     slots::{self, SlotError},
@@ -179,7 +180,11 @@ fn run(common: &Common, user: bool) -> Result<(), Error> {
     };
     let _claim = store.claim()?;
     let socket = config.socket.clone();
-    let daemon = Arc::new(Daemon::new(config, store, user));
+    let delegated = Delegated::take().unwrap_or_else(|error| {
+        tracing::warn!(%error, "control groups cannot be used");
+        None
+    });
+    let daemon = Arc::new(Daemon::new(config, store, user, delegated));
     // One thread: children die with the thread that started them, so it has to be the one that stays.
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;

@@ -3,6 +3,7 @@
 use super::{Plan, VmError};
 use crate::{
     console::Console,
+    control_group::Group,
     exit::chain,
     jail::{Jailed, NO_JAIL},
     probe,
@@ -64,9 +65,12 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    pub(super) async fn start(plan: Plan, inputs: mpsc::Sender<Input>) -> Result<Self, VmError> {
-        let Plan { machine, ready, qemu: program, relay, jail, console_log, probe_socket, tap, times: _ } =
-            plan;
+    pub(super) async fn start(
+        plan: Plan,
+        group: Option<Group>,
+        inputs: mpsc::Sender<Input>,
+    ) -> Result<Self, VmError> {
+        let Plan { machine, ready, qemu: program, relay, jail, console_log, probe_socket, tap, .. } = plan;
         let console_file = match Console::open(&console_log) {
             Ok(file) => file,
             Err(source) => return Err(VmError::ConsoleLog { path: console_log, source }),
@@ -101,7 +105,7 @@ impl Vm {
             probe: probe_theirs,
         };
         let qemu_begun = Instant::now();
-        let mut child = match qemu::start(&jail, &program, &machine, inherited) {
+        let mut child = match qemu::start(&jail, &program, &machine, group, inherited) {
             Ok(child) => child,
             Err(source) => {
                 relay.end().await;

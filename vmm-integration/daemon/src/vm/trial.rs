@@ -4,6 +4,7 @@
 
 use super::{VmError, machine::pair};
 use crate::{
+    control_group::Delegated,
     host::{Accelerator, Trial},
     qemu::{self, Backend, Inherited, Machine},
     slots::Ready,
@@ -30,7 +31,12 @@ const MEMORY_MIB: u32 = 256;
 ///
 /// # Errors
 /// [`VmError`] when the trial itself could not be made: no verdict then.
-pub(crate) async fn kvm_runs_a_guest(jailer: &Path, program: &Path, ready: &Ready) -> Result<Trial, VmError> {
+pub(crate) async fn kvm_runs_a_guest(
+    jailer: &Path,
+    program: &Path,
+    delegated: Option<&Delegated>,
+    ready: &Ready,
+) -> Result<Trial, VmError> {
     let (control, control_theirs) = pair()?;
     // Nobody listens to these; their other ends close when this function returns.
     let (_console, console) = pair()?;
@@ -54,7 +60,8 @@ pub(crate) async fn kvm_runs_a_guest(jailer: &Path, program: &Path, ready: &Read
         uplink,
         probe: None,
     };
-    let mut child = qemu::start(jailer, program, &machine, inherited)
+    let group = machine.group(delegated);
+    let mut child = qemu::start(jailer, program, &machine, group, inherited)
         .map_err(|source| VmError::Qemu { program: program.into(), source })?;
     let trial = match timeout(ANSWER, says_no_disk(control)).await {
         Ok(Ok(true)) => Trial::Works,

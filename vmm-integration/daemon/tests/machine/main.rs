@@ -104,6 +104,7 @@ fn main() -> ExitCode {
         terminated_kontord_leaves_nothing_behind,
         second_signal_hurries,
         killed_kontord_takes_everything_with_it,
+        host_without_user_namespaces_starts_nothing,
         garbage_on_the_socket_is_answered_and_survived,
         crowd_of_silent_clients_holds_nobody_off_for_good,
         start_right_behind_a_stop_waits_for_it,
@@ -577,11 +578,24 @@ fn second_signal_hurries() {
 }
 
 fn killed_kontord_takes_everything_with_it() {
+    // What the whole host mounts meanwhile is its own affair.
+    let program = own_program().file_name().unwrap().to_str().unwrap().to_owned();
+    let mounts = || {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let jails = |line: &&str| {
+            [program.as_str(), "size=1024k", "subset=pid"].iter().any(|part| line.contains(part))
+        };
+        table.lines().filter(jails).map(str::to_owned).collect::<Vec<_>>()
+    };
     let mut world = World::new(&Setup::new("stubborn"));
+    let before = mounts();
     ended(&world.start(), 0, "ready");
     let processes = [world.await_process("the relay was started"), world.await_process("QEMU was started")];
+    let jailers = processes.each_ref().map(world::Process::parent);
+    assert_eq!(mounts(), before);
     world.end(Signal::KILL);
-    processes.iter().for_each(world::Process::await_end);
+    processes.iter().chain(&jailers).for_each(world::Process::await_end);
+    assert_eq!(mounts(), before);
     // The next one says what happened, also if it is not asked before it is killed itself.
     world.serve();
     world.end(Signal::KILL);
@@ -594,6 +608,49 @@ fn killed_kontord_takes_everything_with_it() {
     world.end(Signal::TERM);
     world.serve();
     assert_eq!(world.status()["state"], "off");
+}
+
+/// Beginning of a shell's script: in a user namespace that may have none below it. The setting is that
+/// namespace's own.
+const FORBIDDEN: &str = "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$@\"";
+
+fn host_without_user_namespaces_starts_nothing() {
+    let forbidden = |program: &Path| {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--", "sh", "-euc", FORBIDDEN, "sh"]).arg(program);
+        command
+    };
+    // Only a namespace whose parent is another one has a limit of its own that nobody else sees.
+    let own = fs::read_link("/proc/self/ns/user").unwrap();
+    let inside = forbidden(Path::new("readlink")).arg("/proc/self/ns/user").output();
+    match &inside {
+        Ok(output) if output.status.success() => {
+            assert_ne!(String::from_utf8_lossy(&output.stdout).trim(), own.to_str().unwrap());
+        }
+        other => {
+            eprintln!("skipped: no user namespace with a limit of its own can be made: {other:?}");
+            return;
+        }
+    }
+    let check = forbidden(Path::new(env!("CARGO_BIN_EXE_kontor-jail"))).arg("check").output().unwrap();
+    let words = String::from_utf8_lossy(&check.stderr);
+    assert_eq!(check.status.code(), Some(125), "{words}");
+    assert!(words.contains("user.max_user_namespaces"), "{words}");
+
+    let mut world = World::installed(&Setup::new("ready"));
+    world.serve_as(forbidden(Path::new(env!("CARGO_BIN_EXE_kontord"))));
+    let ran = world.start();
+    ended(&ran, 4, "cannot be jailed, and Kontor starts it no other way");
+    for setting in [
+        "user.max_user_namespaces",
+        "kernel.unprivileged_userns_clone",
+        "kernel.apparmor_restrict_unprivileged_userns",
+    ] {
+        assert!(ran.err.contains(setting), "{ran:?}");
+    }
+    assert_eq!(world.status()["state"], "not-started");
+    let doctor = world.kontor(&["doctor"]);
+    ended(&doctor, 4, "user.max_user_namespaces");
 }
 
 /// What kontord answers to `bytes`, line by line.

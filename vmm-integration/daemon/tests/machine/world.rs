@@ -229,7 +229,11 @@ impl World {
     }
 
     pub(crate) fn serve(&mut self) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kontord"));
+        self.serve_as(Command::new(env!("CARGO_BIN_EXE_kontord")));
+    }
+
+    /// The same with a command that becomes kontord.
+    pub(crate) fn serve_as(&mut self, mut command: Command) {
         command.args(["run", "--user", "--config"]).arg(self.path("kontord.toml"));
         // Whoever starts kontord may have left it a descriptor of his own: it must go no further.
         let stray = FdMapping { parent_fd: fs::File::open("/dev/null").unwrap().into(), child_fd: 77 };
@@ -315,6 +319,13 @@ impl Drop for World {
 impl Process {
     fn of(pid: Pid) -> Self {
         Self { pid, descriptor: pidfd_open(pid, PidfdFlags::empty()).unwrap() }
+    }
+
+    /// The process that started it.
+    pub(crate) fn parent(&self) -> Self {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid.as_raw_nonzero())).unwrap();
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap();
+        Self::of(Pid::from_raw(parent.trim().parse().unwrap()).unwrap())
     }
 
     pub(crate) fn kill(&self, signal: Signal) {
