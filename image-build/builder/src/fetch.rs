@@ -9,6 +9,7 @@ use crate::{
     progress::Progress,
     staging::Staging,
 };
+use kontor_trust::Digest;
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
 /// A package that is not there.
@@ -22,9 +23,7 @@ pub(crate) enum FetchError {
         "the mirror no longer has {package} {version} ({path}), which the lock names{others}; make a new lock with kontor-image lock, or name a mirror that keeps old versions with --mirror"
     )]
     Gone { package: String, version: String, path: String, others: String },
-    #[error(
-        "what the mirror gave for {package} ({path}) has not the hash that the lock names; apt says:\n{words}"
-    )]
+    #[error("what the mirror gave for {package} ({path}) has not the hash that the lock names: {words}")]
     WrongHash { package: String, path: String, words: String },
     #[error("{package} ({path}) could not be downloaded; apt says:\n{words}")]
     Unreachable { package: String, path: String, words: String },
@@ -78,15 +77,24 @@ pub(crate) fn fetch<'a>(
         });
         before += batch.iter().map(|deb| deb.bytes).sum::<u64>();
         // apt's helper fails when one file fails; which ones did is seen by what arrived.
-        let words = match ended {
+        let (whole, words) = match ended {
             Err(error) if error.exit() != Exit::Bug => return Err(AptError::from(error).into()),
-            Err(error) => without_warnings(error.last_words()),
-            Ok(()) => String::new(),
+            Err(error) => (false, without_warnings(error.last_words())),
+            Ok(()) => (true, String::new()),
         };
         let mut lost = Vec::new();
         for (deb, path) in &files {
-            if !adopt(deb, path, cache)? {
-                lost.push(*deb);
+            match adopt(deb, path, cache)? {
+                Arrival::Adopted => {}
+                Arrival::Other { bytes, sha256 } if whole || bytes >= deb.bytes => {
+                    let words = format!("{bytes} bytes with SHA-256 {sha256} came");
+                    return Err(FetchError::WrongHash {
+                        package: deb.name.clone(),
+                        path: deb.path.clone(),
+                        words,
+                    });
+                }
+                Arrival::Other { .. } | Arrival::Nothing => lost.push(*deb),
             }
         }
         if let Some(error) = judge(&lost, words) {
@@ -109,10 +117,25 @@ fn is_cached(deb: &Deb, cache: &Cache) -> Result<bool, FileError> {
     Ok(false)
 }
 
+/// What came of a download.
+enum Arrival {
+    Adopted,
+    /// Something else than the lock names, or the beginning of it.
+    Other {
+        bytes: u64,
+        sha256: Digest,
+    },
+    Nothing,
+}
+
 /// Moves an arrived package into the cache, if it is what the lock names.
-fn adopt(deb: &Deb, path: &std::path::Path, cache: &Cache) -> Result<bool, FileError> {
-    if !path.is_file() || files::measure(path)? != (deb.bytes, deb.sha256) {
-        return Ok(false);
+fn adopt(deb: &Deb, path: &std::path::Path, cache: &Cache) -> Result<Arrival, FileError> {
+    if !path.is_file() {
+        return Ok(Arrival::Nothing);
+    }
+    let (bytes, sha256) = files::measure(path)?;
+    if (bytes, sha256) != (deb.bytes, deb.sha256) {
+        return Ok(Arrival::Other { bytes, sha256 });
     }
     let target = cache.deb(&deb.sha256);
     let adopt = || {
@@ -120,7 +143,7 @@ fn adopt(deb: &Deb, path: &std::path::Path, cache: &Cache) -> Result<bool, FileE
         fs::rename(path, &target)
     };
     adopt().map_err(FileError::at("keep", &target))?;
-    Ok(true)
+    Ok(Arrival::Adopted)
 }
 
 /// apt's warnings say nothing about a file, and would be mistaken for it.
@@ -131,9 +154,7 @@ fn without_warnings(words: &str) -> String {
 fn judge(lost: &[&Deb], words: String) -> Option<FetchError> {
     let deb = lost.first()?;
     let (package, path) = (deb.name.clone(), deb.path.clone());
-    Some(if ["Hash Sum mismatch", "unexpected size"].iter().any(|sign| words.contains(sign)) {
-        FetchError::WrongHash { package, path, words }
-    } else if GONE.iter().any(|sign| words.contains(sign)) {
+    Some(if GONE.iter().any(|sign| words.contains(sign)) {
         let others = match lost.len() - 1 {
             0 => String::new(),
             n => format!(" (and {n} more)"),
