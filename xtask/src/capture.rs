@@ -1,7 +1,7 @@
 //! What really went over a link, and what each packet is.
 
 use crate::{
-    office::{CONTROL_PORT, GATEWAY_PORT},
+    office::{CONTROL_PORT, GATEWAY_PORT, SPARE_PORT},
     run::{Error, Result},
     sys::{PacketRing, RETIRE_MS},
     world::{Host, OFFICE_ADDRESS, ROUTER_HARDWARE},
@@ -33,7 +33,7 @@ pub(crate) type Packet = Vec<u8>;
 /// What left the employee's PC.
 #[derive(Debug, Default, Clone, serde::Serialize)]
 pub(crate) struct Tally {
-    /// WireGuard datagrams to the gateway.
+    /// WireGuard datagrams to the gateways.
     pub(crate) tunnel_frames: u64,
     /// TCP to the office's control.
     pub(crate) control_frames: u64,
@@ -179,13 +179,13 @@ fn describe(packet: &[u8]) -> Seen {
     let unreachable_port = ip.get(9) == Some(&ICMP) && ip.get(header..header + 2) == Some(&[3, 3]);
     let gateways_datagram = quoted.get(12..16) == ip.get(16..20)
         && quoted.get(9) == Some(&UDP)
-        && quoted.get(20..22) == Some(&GATEWAY_PORT.to_be_bytes());
+        && [GATEWAY_PORT, SPARE_PORT].iter().any(|port| quoted.get(20..22) == Some(&port.to_be_bytes()));
     if unreachable_port && gateways_datagram && to_office {
         return Seen::Neighbours;
     }
     let protocol = ip.get(9).copied().unwrap_or_default();
     match (protocol, port(2)) {
-        (UDP, GATEWAY_PORT) if to_office && wireguard => return Seen::Tunnel,
+        (UDP, GATEWAY_PORT | SPARE_PORT) if to_office && wireguard => return Seen::Tunnel,
         (TCP, CONTROL_PORT) if to_office => return Seen::Control,
         _ => {}
     }

@@ -8,6 +8,7 @@
 mod bench;
 mod build;
 mod capture;
+mod clean;
 mod demo;
 mod fresh;
 mod leaks;

@@ -15,6 +15,8 @@ use std::{
 
 /// The gateway's UDP port.
 pub(crate) const GATEWAY_PORT: u16 = 51820;
+/// The spare gateway's.
+pub(crate) const SPARE_PORT: u16 = 51821;
 /// Control's TCP port.
 pub(crate) const CONTROL_PORT: u16 = 443;
 /// The gateway's id in bundle and lease.
@@ -35,12 +37,30 @@ const LAPSE_OFF_S_MAX: u64 = 60;
 /// Memory of the work VM in MiB.
 pub(crate) const MEMORY_MIB: u64 = 128;
 
+/// Where a gateway is, and which addresses it gives.
+struct Site {
+    id: u8,
+    port: u16,
+    /// Its files begin so.
+    name: &'static str,
+    /// Its interface.
+    tun: &'static str,
+    /// Of its inner networks, `10.N.0.0/16` and `fdN::/64`.
+    network: u8,
+}
+
+/// The office's gateway.
+const PRIMARY: Site = Site { id: GATEWAY_ID, port: GATEWAY_PORT, name: "gateway", tun: "kgw0", network: 77 };
+/// The one that bundle and lease name behind it. It runs only where a test starts it.
+const SPARE: Site = Site { id: 2, port: SPARE_PORT, name: "spare", tun: "kgw1", network: 78 };
+
 /// A running office.
 pub(crate) struct Office {
     directory: PathBuf,
     bin: PathBuf,
     control: Option<Child>,
     gateway: Option<Child>,
+    spare: Option<Child>,
     servers: Vec<Child>,
     /// The tenant's id.
     pub(crate) tenant: String,
@@ -60,6 +80,7 @@ impl Office {
             bin: plan.bin.clone(),
             control: None,
             gateway: None,
+            spare: None,
             servers: Vec::new(),
             tenant: String::new(),
             release_root: String::new(),
@@ -146,11 +167,17 @@ impl Office {
         record.args(["--host-key", host_key, "--keys"]).arg(&keys);
         quietly(record.arg("--out").arg(self.device_record()))?;
         self.sign_bundle(1, lease_s)?;
-        let admission = self.path("gateway.sock");
-        let config = format!(
-            "listen = [\"{OFFICE_ADDRESS}:{CONTROL_PORT}\"]\nlease_s = {lease_s}\n\n[[gateway]]\nid = {GATEWAY_ID}\nadmission = {admission:?}\n\
-             pool_v4 = \"10.77.0.0/16\"\npool_v6 = \"fd77::/64\"\n"
-        );
+        let pools: String = [PRIMARY, SPARE]
+            .iter()
+            .map(|Site { id, name, network, .. }| {
+                format!(
+                    "\n[[gateway]]\nid = {id}\nadmission = {admission:?}\n\
+                     pool_v4 = \"10.{network}.0.0/16\"\npool_v6 = \"fd{network}::/64\"\n",
+                    admission = self.path(&format!("{name}.sock"))
+                )
+            })
+            .collect();
+        let config = format!("listen = [\"{OFFICE_ADDRESS}:{CONTROL_PORT}\"]\nlease_s = {lease_s}\n{pools}");
         write(&control.join("control.toml"), config.as_bytes())?;
         User::Control.owns(&control)
     }
@@ -166,7 +193,15 @@ impl Office {
     }
 
     fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
-        let gateway_key = self.gateway_key()?;
+        let mut gateways = String::new();
+        for site in [&PRIMARY, &SPARE] {
+            let Site { id, port, network, .. } = site;
+            let key = self.gateway_key(site)?;
+            gateways += &format!(
+                "[[gateways]]\nid = {id}\nkey = \"{key}\"\nendpoints = [\"{OFFICE_ADDRESS}:{port}\"]\n\
+                 v4 = \"10.{network}.0.1\"\nv6 = \"fd{network}::1\"\n\n"
+            );
+        }
         let source = format!(
             r#"tenant = "{tenant}"
 line = "{LINE}"
@@ -177,14 +212,7 @@ apply_s = 60
 silence_s = 180
 lapse_off_s = {lapse_off_s}
 
-[[gateways]]
-id = {GATEWAY_ID}
-key = "{gateway_key}"
-endpoints = ["{OFFICE_ADDRESS}:{GATEWAY_PORT}"]
-v4 = "10.77.0.1"
-v6 = "fd77::1"
-
-[settings]
+{gateways}[settings]
 allow_emulation = true
 allow_test_image = true
 memory_mib = {MEMORY_MIB}
@@ -210,12 +238,12 @@ ports = [53, 53]
         quietly(sign.arg("--out").arg(self.bundle())).map(drop)
     }
 
-    /// The gateway's public key; makes the key when there is none.
-    fn gateway_key(&self) -> Result<String> {
-        let public = self.path("gateway.pub");
+    /// A gateway's public key; makes the key when there is none.
+    fn gateway_key(&self, site: &Site) -> Result<String> {
+        let public = self.path(&format!("{}.pub", site.name));
         if !public.exists() {
-            let printed =
-                quietly(self.tool("kontor-gateway").args(["key", "--out"]).arg(self.path("gateway.key")))?;
+            let mut make = self.tool("kontor-gateway");
+            let printed = quietly(make.args(["key", "--out"]).arg(self.path(&format!("{}.key", site.name))))?;
             write(&public, &printed)?;
         }
         read_text(&public)
@@ -264,36 +292,47 @@ ports = [53, 53]
 
     /// Starts the gateway and waits until it says that it is ready.
     pub(crate) fn start_gateway(&mut self) -> Result<()> {
-        self.gateway_key()?;
-        let config = self.path("gateway.toml");
+        self.gateway = Some(self.run_gateway(&PRIMARY)?);
+        Ok(())
+    }
+
+    /// The same with the spare gateway.
+    pub(crate) fn start_spare(&mut self) -> Result<()> {
+        self.spare = Some(self.run_gateway(&SPARE)?);
+        Ok(())
+    }
+
+    fn run_gateway(&self, site: &Site) -> Result<Child> {
+        let Site { id, port, name, tun, network } = site;
+        self.gateway_key(site)?;
+        let file = |end: &str| self.path(&format!("{name}{end}"));
+        let config = file(".toml");
         let text = format!(
-            r#"id = {GATEWAY_ID}
-listen = ["{OFFICE_ADDRESS}:{GATEWAY_PORT}"]
+            r#"id = {id}
+listen = ["{OFFICE_ADDRESS}:{port}"]
 key = {key:?}
-tun = "kgw0"
-v4 = "10.77.0.1"
-v6 = "fd77::1"
-pool_v4 = "10.77.0.0/16"
-pool_v6 = "fd77::/64"
+tun = "{tun}"
+v4 = "10.{network}.0.1"
+v6 = "fd{network}::1"
+pool_v4 = "10.{network}.0.0/16"
+pool_v6 = "fd{network}::/64"
 admission = {admission:?}
 state = {state:?}
 tenant = "{tenant}"
 keyset = {keyset:?}
 "#,
-            key = self.path("gateway.key"),
-            admission = self.path("gateway.sock"),
-            state = self.path("gateway-state"),
+            key = file(".key"),
+            admission = file(".sock"),
+            state = file("-state"),
             tenant = self.tenant,
             keyset = self.path("keys/keysets/00000001.json"),
         );
         write(&config, text.as_bytes())?;
-        User::Gateway.owns(&self.path("gateway.key"))?;
+        User::Gateway.owns(&file(".key"))?;
         let program = self.bin.join("kontor-gateway");
         let mut command = Host::Office.command_of(User::Gateway, Power::NetAdmin, program);
         command.args(["run", "--config"]).arg(&config);
-        let (child, _) = await_line(&mut command, &self.path("gateway.log"), "ready")?;
-        self.gateway = Some(child);
-        Ok(())
+        await_line(&mut command, &file(".log"), "ready").map(|(child, _)| child)
     }
 
     /// Lines that the gateway has logged so far and that hold `words`.
@@ -306,6 +345,11 @@ keyset = {keyset:?}
     /// Kills the gateway, as a crash would.
     pub(crate) fn kill_gateway(&mut self) -> Result<()> {
         kill(&mut self.gateway, "the gateway")
+    }
+
+    /// The same with the spare gateway.
+    pub(crate) fn kill_spare(&mut self) -> Result<()> {
+        kill(&mut self.spare, "the spare gateway")
     }
 
     /// Starts control and waits until it says that it is ready.
@@ -335,7 +379,9 @@ fn kill(child: &mut Option<Child>, name: &str) -> Result<()> {
 
 impl Drop for Office {
     fn drop(&mut self) {
-        for child in self.servers.iter_mut().chain(&mut self.control).chain(&mut self.gateway) {
+        for child in
+            self.servers.iter_mut().chain(&mut self.control).chain(&mut self.gateway).chain(&mut self.spare)
+        {
             let _ = child.kill();
             let _ = child.wait();
         }

@@ -19,6 +19,8 @@ pub(crate) enum Error {
     },
     #[error("start {0}")]
     Start(String, #[source] io::Error),
+    #[error("{0}")]
+    Kernel(&'static str, #[source] io::Error),
     #[error("{command} ended with {status}{output}")]
     Failed { command: String, status: ExitStatus, output: String },
     #[error("this machine lacks the Debian packages: {0}; install them with: apt-get install {0}")]
@@ -63,7 +65,7 @@ pub(crate) fn at<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Erro
 
 /// For `map_err` on what rustix asks the kernel for.
 pub(crate) fn os(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> Error {
-    move |errno| Error::Start(what.to_owned(), errno.into())
+    move |errno| Error::Kernel(what, errno.into())
 }
 
 /// The command as a person would type it.

@@ -210,9 +210,13 @@ pub(crate) fn command(role: Role, plan: &Plan, rest: &[String]) -> Result<Comman
     command.args(["--net", "--mount", "--ipc", "--uts", "--pid"]);
     command.args(["--mount-proc", "--fork", "--kill-child=SIGKILL", "--"]);
     command.arg(own).args(["inside", role, Plan::STDIN, "--"]).args(rest).stdin(plan.as_stdin()?);
+    let search = env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{search}:{SYSTEM_PATH}"));
     Ok(command)
 }
 
+/// Where Debian keeps programs that an ordinary user's `PATH` leaves out.
+const SYSTEM_PATH: &str = "/usr/sbin:/sbin";
 const USERS: [&str; 2] = ["--user", "--map-root-user"];
 /// Maps the caller's subordinate ids too (subuid(5)), by the programs of the package `uidmap`.
 const RANGE: &str = "--map-auto";

@@ -109,10 +109,11 @@ impl How {
     fn frames(self, marker: [u8; MARKER_LEN], gateway: u8) -> Vec<Vec<u8>> {
         let transport = |length: usize| filled(4, length, &marker);
         let one = |gateway: u8, datagram: &[u8]| frame(VERSION, gateway, datagram.len(), datagram);
-        let other = gateway.wrapping_add(1);
+        let other = gateway.wrapping_add(100);
         match self {
             Self::OtherGateways => {
-                let others = [1, 2, 127, 255].map(|more| gateway.wrapping_add(more));
+                // Not the next numbers, which may be other gateways of the company.
+                let others = [50, 100, 150, 200].map(|more| gateway.wrapping_add(more));
                 others.into_iter().map(|other| one(other, &transport(96))).collect()
             }
             Self::Malformed => vec![

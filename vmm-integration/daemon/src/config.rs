@@ -12,6 +12,7 @@
 //! kvm = "/dev/kvm"
 //! uplink = "port"                          # or "vfio": the device that the work VM's uplink is
 //! relay = "/usr/libexec/kontor/kontor-relay"   # without it: beside kontord
+//! jail = "/usr/libexec/kontor/kontor-jail"     # without it: beside kontord
 //!
 //! # Development only:
 //! probe_socket = "/tmp/probe.sock"         # served for test images
@@ -55,6 +56,8 @@ pub struct Config {
     pub kvm: PathBuf,
     /// The relay; beside kontord's own program when absent.
     pub relay: Option<PathBuf>,
+    /// The jailer; beside kontord's own program when absent.
+    pub jail: Option<PathBuf>,
     /// Which device the work VM's uplink is.
     #[serde(default)]
     pub uplink: Backend,
@@ -88,8 +91,8 @@ pub enum ConfigError {
         #[source]
         source: Box<toml::de::Error>,
     },
-    /// The relay's place cannot be derived.
-    #[error("find kontord's own program, to look for the relay beside it")]
+    /// The place of the relay or the jailer cannot be derived.
+    #[error("find kontord's own program, to look for others beside it")]
     OwnProgram(#[source] io::Error),
 }
 
@@ -113,12 +116,25 @@ impl Config {
     /// # Errors
     /// [`ConfigError::OwnProgram`].
     pub fn relay(&self) -> Result<PathBuf, ConfigError> {
-        match &self.relay {
-            Some(path) => Ok(path.clone()),
-            None => {
-                let own = std::env::current_exe().map_err(ConfigError::OwnProgram)?;
-                Ok(own.with_file_name("kontor-relay"))
-            }
+        beside(self.relay.as_deref(), "kontor-relay")
+    }
+
+    /// The jailer's program.
+    ///
+    /// # Errors
+    /// [`ConfigError::OwnProgram`].
+    pub fn jail(&self) -> Result<PathBuf, ConfigError> {
+        beside(self.jail.as_deref(), "kontor-jail")
+    }
+}
+
+/// The configured path, or else `name` beside kontord's own program.
+fn beside(configured: Option<&Path>, name: &str) -> Result<PathBuf, ConfigError> {
+    match configured {
+        Some(path) => Ok(path.into()),
+        None => {
+            let own = std::env::current_exe().map_err(ConfigError::OwnProgram)?;
+            Ok(own.with_file_name(name))
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What is missing for a start, in words.
 
 use crate::{
+    config::ConfigError,
     daemon::Daemon,
     exit::chain,
     fetch::CLOCK_SLACK_S,
@@ -38,6 +39,7 @@ pub(crate) async fn examine(daemon: &Arc<Daemon>) -> Vec<Check> {
     let mut checks = vec![
         found("qemu", qemu_version(&config.qemu).await),
         found("qemu's devices", qemu_devices(&config.qemu, config.uplink).await),
+        jail(&config.jail()).await,
     ];
     if let Err(error) = daemon.try_kvm_again().await {
         tracing::debug!(error = chain(&error), "KVM was not tried");
@@ -114,6 +116,14 @@ fn missing_devices(list: &str, uplink: Backend) -> Vec<&'static str> {
     };
     let has = |device: &str| list.contains(&format!("name \"{device}\""));
     DEVICES.iter().chain(uplinks).copied().filter(|device| !has(device)).collect()
+}
+
+async fn jail(path: &Result<PathBuf, ConfigError>) -> Check {
+    let result = match path {
+        Ok(path) => crate::jail::check(path).await,
+        Err(error) => Err(chain(error)),
+    };
+    found("jail", result.map(|()| "QEMU and the relay can be jailed".to_owned()))
 }
 
 fn on_disk(daemon: &Daemon, alive: bool) -> Vec<Check> {
@@ -220,7 +230,8 @@ fn no_kvm(path: &Path) -> String {
     }
 }
 
-/// Whether this user may make namespaces of its own, as what confines a work VM's processes does. `read` reads a setting.
+/// Whether this user may make namespaces of its own, as what confines a work VM's processes does.
+/// `read` reads a setting.
 fn namespaces(root: bool, read: impl Fn(&str) -> Option<String>) -> Result<String, String> {
     let is = |setting: &str, value: &str| read(setting).is_some_and(|text| text.trim() == value);
     for (setting, value, only_users) in [

@@ -20,8 +20,9 @@ use futures_core::Stream;
 use kontor_release::{Digest, MAX_MANIFEST, Manifest, ManifestError, Piece};
 use kontor_repository::{
     MANIFEST_SUFFIX, MAX_ROLE, METADATA, Metadata, MetadataError, TARGETS, Target, TrustedRoot, Verified,
-    gather, piece_target, root_file, verify,
+    gather, keyset_target, piece_target, root_file, verify,
 };
+use kontor_trust::MAX_ENVELOPE;
 use std::{
     collections::BTreeMap,
     error::Error as _,
@@ -210,6 +211,19 @@ impl Offer {
         self.metadata.files(self.verified.versions())
     }
 
+    /// The published keysets that follow version `known`, without a gap. Whose they are, their own signatures say.
+    pub(crate) fn keysets_after(&self, known: u64) -> Result<Vec<Vec<u8>>, FetchError> {
+        let mut keysets = Vec::new();
+        for name in (known.saturating_add(1)..).map(keyset_target) {
+            let Some(target) = self.verified.target(&name) else { break };
+            if target.bytes > MAX_ENVELOPE as u64 {
+                return Err(FetchError::Limit(name));
+            }
+            keysets.push(read(&self.runtime, &self.repository, &name, &name)?);
+        }
+        Ok(keysets)
+    }
+
     /// Whether the signed list names just this piece.
     pub(crate) fn lists(&self, piece: &Piece) -> Result<(), FetchError> {
         let name = piece_target(&self.manifest.image.profile, piece);
@@ -249,18 +263,7 @@ fn choose(
         if target.bytes > MAX_MANIFEST as u64 {
             return Err(FetchError::Limit(name.to_owned()));
         }
-        let refused = |error| FetchError::Tuf {
-            what: format!("the release's {MANIFEST} ({name})"),
-            error: Box::new(error),
-        };
-        let target = TargetName::new(name).map_err(refused)?;
-        let read = async {
-            match repository.read_target(&target).await? {
-                Some(stream) => stream.into_vec().await,
-                None => Ok(Vec::new()),
-            }
-        };
-        let bytes = runtime.block_on(read).map_err(refused)?;
+        let bytes = read(runtime, repository, name, &format!("the release's {MANIFEST} ({name})"))?;
         let wrong = |source| FetchError::Manifest { name: name.to_owned(), source };
         let manifest = Manifest::parse(&bytes).map_err(wrong)?;
         if manifest.tenant != tenant {
@@ -270,6 +273,24 @@ fn choose(
         }
     }
     newest.ok_or(if others { FetchError::OtherTenant(tenant) } else { FetchError::Nothing })
+}
+
+/// A small target as a whole; `what` it is called in an error.
+fn read(
+    runtime: &tokio::runtime::Runtime,
+    repository: &Repository,
+    name: &str,
+    what: &str,
+) -> Result<Vec<u8>, FetchError> {
+    let refused = |error| FetchError::Tuf { what: what.to_owned(), error: Box::new(error) };
+    let target = TargetName::new(name).map_err(refused)?;
+    let read = async {
+        match repository.read_target(&target).await? {
+            Some(stream) => stream.into_vec().await,
+            None => Ok(Vec::new()),
+        }
+    };
+    runtime.block_on(read).map_err(refused)
 }
 
 /// Makes `tough`'s memory ready, but for its memory of time.

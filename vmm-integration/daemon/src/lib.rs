@@ -27,6 +27,7 @@ mod fetch;
 #[path = "../tests/tenant/mod.rs"]
 mod fixture;
 pub mod host;
+mod jail;
 pub mod lease;
 mod lines;
 pub mod office;

@@ -11,17 +11,14 @@
 
 use crate::{
     host::Accelerator,
-    sys::{self, Limits},
+    jail::{Inmate, JailNote, Jailed, Limits, Profile},
 };
-use command_fds::{CommandFdExt, FdMapping};
 use kontor_wire::{control, probe, uplink};
 use std::{
     io,
     os::fd::{OwnedFd, RawFd},
     path::Path,
-    process::{Command, Stdio},
 };
-use tokio::process::Child;
 
 const KERNEL: RawFd = 3;
 const INITRD: RawFd = 4;
@@ -34,11 +31,13 @@ const PROBE: RawFd = 10;
 
 /// Descriptors that QEMU may have: the ones above, and an eventfd for each virtio queue.
 const FILES_MAX: u64 = 512;
-/// Address space beside the guest's memory: libraries, thread stacks, the emulator's code buffer.
-const OVERHEAD: u64 = 6 << 30;
+/// The emulator's buffer of translated code, in MiB.
+const CODE_BUFFER_MIB: u64 = 64;
+/// Address space beside the guest's memory and that buffer, in MiB: libraries, heap, thread stacks.
+const OVERHEAD_MIB: u64 = 512;
 
 /// Which device the guest's uplink is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// A virtio-serial port: a stream of frames.
@@ -46,6 +45,17 @@ pub enum Backend {
     Port,
     /// A network device behind a virtual IOMMU, which the guest drives from user space: Ethernet frames.
     Vfio,
+}
+
+impl Backend {
+    /// Its name in configuration and status.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Port => "port",
+            Self::Vfio => "vfio",
+        }
+    }
 }
 
 /// What the virtual machine is made of.
@@ -84,8 +94,8 @@ impl Machine {
     #[must_use]
     pub fn arguments(&self, disk: bool) -> Vec<String> {
         let (accelerator, cpu) = match self.accelerator {
-            Accelerator::Kvm => ("kvm", "host"),
-            Accelerator::Tcg => ("tcg,thread=multi", "max"),
+            Accelerator::Kvm => ("kvm".to_owned(), "host"),
+            Accelerator::Tcg => (format!("tcg,thread=multi,tb-size={CODE_BUFFER_MIB}"), "max"),
         };
         let mut line = vec![
             // Nothing but what is named here: no default device, no configuration file.
@@ -94,13 +104,14 @@ impl Machine {
             "-no-reboot".into(),
             "-display".into(),
             "none".into(),
-            "-sandbox".into(),
-            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
+            // Where its jail has the firmware.
+            "-L".into(),
+            kontor_jail::FIRMWARE.into(),
             // The guest's memory is in no core file and shared with no other process.
             "-machine".into(),
             self.board(),
             "-accel".into(),
-            accelerator.into(),
+            accelerator,
             "-cpu".into(),
             cpu.into(),
             "-smp".into(),
@@ -187,7 +198,7 @@ fn network_device() -> String {
 }
 
 impl Inherited {
-    fn mappings(self) -> Vec<FdMapping> {
+    fn numbered(self) -> Vec<(OwnedFd, RawFd)> {
         let fixed = [
             (self.kernel, KERNEL),
             (self.initrd, INITRD),
@@ -197,25 +208,38 @@ impl Inherited {
             (self.uplink, UPLINK),
         ];
         let optional = [self.root.map(|fd| (fd, ROOT)), self.probe.map(|fd| (fd, PROBE))];
-        let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
-        fixed.into_iter().chain(optional.into_iter().flatten()).map(mapping).collect()
+        fixed.into_iter().chain(optional.into_iter().flatten()).collect()
     }
 }
 
-/// Starts `program` as the machine. It dies with kontord, and when the returned value is dropped.
-pub(crate) fn start(program: &Path, machine: &Machine, inherited: Inherited) -> io::Result<Child> {
-    let mut command = Command::new(program);
-    command
-        .args(machine.arguments(inherited.root.is_some()))
-        .env_clear()
-        .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    command.fd_mappings(inherited.mappings()).map_err(io::Error::other)?;
-    let address_space = (u64::from(machine.memory_mib) << 20) + OVERHEAD;
-    sys::confine(&mut command, PROBE + 1, Limits { files: FILES_MAX, address_space });
-    tokio::process::Command::from(command).kill_on_drop(true).spawn()
+/// Starts `program` as the machine, in a jail made by `jailer`. It dies with kontord, and when the returned
+/// value is dropped.
+pub(crate) fn start(
+    jailer: &Path,
+    program: &Path,
+    machine: &Machine,
+    inherited: Inherited,
+) -> io::Result<Jailed> {
+    let arguments = machine.arguments(inherited.root.is_some()).into_iter().map(Into::into).collect();
+    let profile = match machine.accelerator {
+        Accelerator::Kvm => Profile::QemuKvm,
+        Accelerator::Tcg => Profile::Qemu,
+    };
+    let limits = Limits { files: FILES_MAX, address_space: machine.address_space_mib() << 20 };
+    let descriptors = inherited.numbered();
+    Jailed::start(jailer, Inmate { profile, program: program.into(), arguments, descriptors, limits })
+}
+
+impl Machine {
+    /// Most address space of QEMU, in MiB.
+    fn address_space_mib(&self) -> u64 {
+        u64::from(self.memory_mib) + CODE_BUFFER_MIB + OVERHEAD_MIB
+    }
+
+    /// What holds its QEMU.
+    pub(crate) fn jail(&self) -> JailNote {
+        JailNote { limit: "address-space".into(), memory_mib: self.address_space_mib() }
+    }
 }
 
 #[cfg(test)]
@@ -315,7 +339,7 @@ mod tests {
         assert_eq!(values(&machine().arguments(true), "-append"), ["quiet kontor.built=1"]);
         let emulated = Machine { accelerator: Accelerator::Tcg, ..machine() }.arguments(true);
         assert_eq!(values(&emulated, "-append"), ["quiet kontor.built=1 no_timer_check"]);
-        assert_eq!(values(&emulated, "-accel"), ["tcg,thread=multi"]);
+        assert_eq!(values(&emulated, "-accel"), ["tcg,thread=multi,tb-size=64"]);
     }
 
     #[test]

@@ -1,11 +1,10 @@
 //! The relay's process, and kontord's end of the channel to it.
 
 use crate::{
+    jail::{Inmate, Jailed, Limits, NO_JAIL, Profile},
     session::Input,
-    sys::{self, Limits},
     tail::{clean, last_words},
 };
-use command_fds::{CommandFdExt, FdMapping};
 use kontor_relay::message::{self, Counters, FromDaemon, FromRelay, MAX_MESSAGE, MessageError};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, socketpair, sockopt};
 use std::{
@@ -16,12 +15,11 @@ use std::{
         unix::net::UnixDatagram as StdUnixDatagram,
     },
     path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
+    process::ExitStatus,
     time::Duration,
 };
 use tokio::{
     net::UnixDatagram,
-    process::Child,
     sync::{mpsc, watch},
     task::JoinHandle,
     time::timeout,
@@ -58,6 +56,9 @@ pub enum RelayStartError {
         #[source]
         source: io::Error,
     },
+    /// Its jail.
+    #[error("the relay cannot be jailed, and Kontor starts it no other way: {0}")]
+    NoJail(String),
     /// It ended before it was ready.
     #[error("the relay ended at once: {0}")]
     Ended(String),
@@ -77,14 +78,18 @@ pub(crate) enum Order {
 /// A relay that runs.
 #[derive(Debug)]
 pub(crate) struct Relay {
-    child: Child,
+    child: Jailed,
     control: UnixDatagram,
     words: JoinHandle<String>,
 }
 
 impl Relay {
     /// Starts the relay on `uplink` and waits until it is ready.
-    pub(crate) async fn start(program: &Path, uplink: OwnedFd) -> Result<Self, RelayStartError> {
+    pub(crate) async fn start(
+        jailer: &Path,
+        program: &Path,
+        uplink: OwnedFd,
+    ) -> Result<Self, RelayStartError> {
         let (control, theirs) = control_pair().map_err(RelayStartError::Sockets)?;
         let udp4 =
             udp(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()).map_err(RelayStartError::Sockets)?;
@@ -93,13 +98,22 @@ impl Relay {
         let mut descriptors = vec![(uplink, UPLINK), (theirs, CONTROL), (udp4, UDP4)];
         descriptors.extend(udp6.map(|socket| (socket, UDP6)));
         let source = |source| RelayStartError::Program { program: program.into(), source };
-        let mut child = spawn(program, descriptors).map_err(source)?;
-        tracing::debug!(pid = child.id(), "the relay was started");
-        let words = match child.stderr.take() {
+        let mut child = spawn(jailer, program, descriptors).map_err(source)?;
+        let pid = child.entered().await;
+        let words = match child.take_words() {
             Some(stderr) => tokio::spawn(last_words(stderr, "relay")),
             None => tokio::spawn(async { String::new() }),
         };
-        let relay = Self { child, control, words };
+        let mut relay = Self { child, control, words };
+        let Some(pid) = pid else {
+            relay.child.kill();
+            let (status, words) = relay.end().await;
+            return Err(match status.and_then(|status| status.code()) {
+                Some(NO_JAIL) => RelayStartError::NoJail(words),
+                Some(_) | None => RelayStartError::Ended(words),
+            });
+        };
+        tracing::debug!(pid, "the relay was started");
         match timeout(START, relay.hear()).await {
             Ok(Ok(Some(FromRelay::Ready))) => Ok(relay),
             Ok(_) => Err(RelayStartError::Ended(relay.end().await.1)),
@@ -187,7 +201,8 @@ impl Relay {
             Ok(status) => status.ok(),
             Err(_) => {
                 tracing::warn!("the relay does not end and is killed");
-                if let Err(error) = self.child.kill().await {
+                self.child.kill();
+                if let Err(error) = self.child.wait().await {
                     tracing::error!(%error, "the relay cannot be killed");
                 }
                 None
@@ -228,19 +243,14 @@ fn udp(family: AddressFamily, address: IpAddr) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn spawn(program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Child> {
-    let mut command = Command::new(program);
-    command
-        .args(["--uplink", "3", "--control", "4", "--udp4", "5"])
-        .args(descriptors.iter().any(|(_, fd)| *fd == UDP6).then_some(["--udp6", "6"]).into_iter().flatten())
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let mapping = |(parent_fd, child_fd)| FdMapping { parent_fd, child_fd };
-    command.fd_mappings(descriptors.into_iter().map(mapping).collect()).map_err(io::Error::other)?;
-    sys::confine(&mut command, UDP6 + 1, Limits { files: FILES_MAX, address_space: ADDRESS_SPACE });
-    tokio::process::Command::from(command).kill_on_drop(true).spawn()
+fn spawn(jailer: &Path, program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Jailed> {
+    let udp6 = descriptors.iter().any(|(_, fd)| *fd == UDP6).then_some(["--udp6", "6"]);
+    let line =
+        ["--uplink", "3", "--control", "4", "--udp4", "5"].into_iter().chain(udp6.into_iter().flatten());
+    let arguments = line.map(Into::into).collect();
+    let limits = Limits { files: FILES_MAX, address_space: ADDRESS_SPACE };
+    let profile = Profile::Relay;
+    Jailed::start(jailer, Inmate { profile, program: program.into(), arguments, descriptors, limits })
 }
 
 #[cfg(test)]
@@ -250,7 +260,7 @@ mod tests {
     #[tokio::test]
     async fn last_words_of_a_relay_that_did_not_read_all_are_heard() {
         let (control, theirs) = control_pair().unwrap();
-        let child = tokio::process::Command::new("true").spawn().unwrap();
+        let child = Jailed::unjailed("true");
         let relay = Relay { child, control, words: tokio::spawn(async { String::new() }) };
         relay.tell(Order::Report).await;
         let last = FromRelay::Counters(Counters::default());

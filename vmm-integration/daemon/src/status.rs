@@ -3,6 +3,8 @@
 use crate::{
     exit::Exit,
     host::Accelerator,
+    jail::JailNote,
+    qemu::Backend,
     session::{LeaseNote, Session, Stop, Witness},
 };
 use kontor_relay::message::Counters;
@@ -44,6 +46,10 @@ pub struct Status {
     pub accel: Option<Accelerator>,
     /// Whether instructions are emulated, which is no security boundary.
     pub emulated: bool,
+    /// What holds QEMU; nothing runs without.
+    pub jail: Option<JailNote>,
+    /// Which device the work VM's uplink is.
+    pub uplink: Option<Backend>,
     /// The started release.
     pub release: Option<Release>,
     /// The lease in use.
@@ -115,6 +121,8 @@ impl Status {
             ready_at_ms: None,
             accel: None,
             emulated: false,
+            jail: None,
+            uplink: None,
             release: None,
             lease: None,
             office: None,

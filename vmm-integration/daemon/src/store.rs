@@ -9,7 +9,8 @@
 //! fetched/                the newest release metadata that was ever fetched
 //! running                 the host's boot in which a machine was started that was not seen to its end
 //! console.log             what the guest's console said
-//! lock                    held while something above changes
+//! lock                    held while memory or host key change
+//! slots.lock              held while a release is installed
 //! ```
 //!
 //! Everything is verified when it is read, from the tenant's hash on. Older documents than those that
@@ -226,6 +227,14 @@ impl Store {
     /// [`StoreError::Io`].
     pub fn lock(&self) -> Result<Lock, StoreError> {
         self.flock("lock", FlockOperation::LockExclusive)
+    }
+
+    /// Waits until nobody else installs. Held while a release is fetched, which nothing else has to wait for.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub(crate) fn lock_slots(&self) -> Result<Lock, StoreError> {
+        self.flock("slots.lock", FlockOperation::LockExclusive)
     }
 
     /// Claims the device for this process, at once or not at all.
@@ -464,8 +473,32 @@ impl Store {
         if device.state == DeviceState::Revoked { Ok(()) } else { Err(StoreError::NotRevoked) }
     }
 
-    /// Remembers that a release of this version was installed. The caller holds the lock.
+    /// Stores keysets that came by another way than with a lease, if record and bundle are good under the
+    /// newest of them too: false if they are not. Without record and bundle there is nothing to store them
+    /// for.
+    ///
+    /// # Errors
+    /// [`StoreError`] when a keyset does not follow, or cannot be written.
+    pub(crate) fn adopt(&self, untrusted_keysets: &[Vec<u8>]) -> Result<bool, StoreError> {
+        let _lock = self.lock()?;
+        let Kept { seen, documents } = self.kept()?;
+        let (Some(documents), false) = (documents, untrusted_keysets.is_empty()) else { return Ok(true) };
+        let chain = chain(self.keyset_up_to(seen.keyset_version)?, untrusted_keysets)?;
+        let (keyset, host_key) = (newest(&chain), self.host_key()?.public());
+        let device = self.check_device(keyset, documents.device.as_bytes(), &host_key);
+        let good = device.and_then(|(_, device)| {
+            let (_, bundle) = self.check_bundle(keyset, documents.bundle.as_bytes(), &device)?;
+            Ok((device, bundle))
+        });
+        let Ok((device, bundle)) = good else { return Ok(false) };
+        let seen = seen.after(keyset, &device, &bundle);
+        self.write(&self.change(&chain, documents, seen)?)?;
+        Ok(true)
+    }
+
+    /// Remembers that a release of this version was installed.
     pub(crate) fn remember_release(&self, version: u64) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
         let mut kept = self.kept()?;
         kept.seen.manifest_version = kept.seen.manifest_version.max(version);
         self.write(&[self.memory_step(&kept)?])

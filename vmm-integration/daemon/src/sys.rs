@@ -3,9 +3,7 @@
 
 use libc::{CLOSE_RANGE_CLOEXEC, c_int, close_range};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
-use rustix::process::{
-    Pid, Resource, Rlimit, Signal, getpid, getppid, set_parent_process_death_signal, setrlimit,
-};
+use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 use std::{
     ffi::c_void,
     fs::File,
@@ -14,32 +12,14 @@ use std::{
     process::Command,
 };
 
-/// Limits of a child process.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    /// Descriptors.
-    pub(crate) files: u64,
-    /// Address space in bytes.
-    pub(crate) address_space: u64,
-}
-
-/// Lets the child die with this process, and takes from it what it has no use for: privileges by exec,
-/// core files, writing to any file, and what is above its limits. It keeps the descriptors below
+/// Lets the child die with this process, and takes privileges by exec from it. It keeps the descriptors below
 /// `first_closed`. The signal of death is tied to the *thread* that starts the child, so children are
 /// started by the main thread only, which is what the one-threaded runtime does.
-pub(crate) fn confine(command: &mut Command, first_closed: RawFd, limits: Limits) {
+pub(crate) fn confine(command: &mut Command, first_closed: RawFd) {
     let parent = getpid();
     let confine = move || {
         tie(parent)?;
         rustix::thread::set_no_new_privs(true)?;
-        for (resource, most) in [
-            (Resource::Core, 0),
-            (Resource::Fsize, 0),
-            (Resource::Nofile, limits.files),
-            (Resource::As, limits.address_space),
-        ] {
-            setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
-        }
         keep_below(first_closed)
     };
     // SAFETY: as above.

@@ -49,6 +49,8 @@ pub struct Plan {
     pub qemu: PathBuf,
     /// The relay's program.
     pub relay: PathBuf,
+    /// The jailer's program.
+    pub jail: PathBuf,
     /// Where the console is written.
     pub console_log: PathBuf,
     /// Where the probe channel is served, if the release has one.
@@ -95,6 +97,9 @@ pub enum VmError {
     /// The relay.
     #[error(transparent)]
     Relay(#[from] RelayStartError),
+    /// QEMU's jail.
+    #[error("QEMU cannot be jailed, and Kontor starts it no other way: {0}")]
+    NoJail(String),
     /// QEMU.
     #[error("start QEMU ({program}); is it installed?")]
     Qemu {
@@ -116,6 +121,7 @@ impl VmError {
             {
                 Exit::HostLacks
             }
+            Self::NoJail(_) | Self::Relay(RelayStartError::NoJail(_)) => Exit::HostLacks,
             Self::ConsoleLog { source, .. } | Self::Tap { source, .. } | Self::Probe { source, .. }
                 if is_full(source) =>
             {
@@ -159,6 +165,8 @@ pub async fn run<O: LeaseSource>(
     let verity_root = plan.ready.manifest.image.verity.root_hash.0;
     status.send_modify(|status| {
         status.accel = Some(plan.machine.accelerator);
+        status.jail = Some(plan.machine.jail());
+        status.uplink = Some(plan.machine.uplink);
         status.emulated = plan.machine.accelerator.is_emulation();
         status.release = Some(release(&plan.ready));
     });

@@ -6,7 +6,6 @@ use kontor_relay::{End, Limits, Relay, Uplink, Wires};
 use rustix::{
     io::ioctl_fionbio,
     net::{SocketType, sockopt},
-    process::{Resource, Rlimit, setrlimit},
 };
 use std::{
     error::Error,
@@ -98,8 +97,10 @@ fn run(numbers: &Numbers) -> Result<End, Box<dyn Error>> {
     let udp6 = numbers.udp6.map(take).transpose()?.map(UdpSocket::from);
     udp6.as_ref().map_or(Ok(()), |socket| socket.set_nonblocking(true))?;
     let control = take(numbers.control)?;
-    setrlimit(Resource::Nofile, Rlimit { current: Some(POLLED), maximum: Some(POLLED) })?;
-    Ok(Relay::new(Wires { uplink, control, udp4, udp6 }, Limits::default()).run()?)
+    let relay = Relay::new(Wires { uplink, control, udp4, udp6 }, Limits::default());
+    // From here on it has its descriptors and nothing else.
+    kontor_jail::seal_relay(POLLED)?;
+    Ok(relay.run()?)
 }
 
 fn take(number: RawFd) -> Result<OwnedFd, Box<dyn Error>> {

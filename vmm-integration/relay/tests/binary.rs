@@ -71,6 +71,9 @@ fn it_forwards_and_can_open_nothing() {
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().collect::<Vec<_>>()[3..5], ["4", "4"]);
 
+    let status = std::fs::read_to_string(format!("/proc/{}/status", program.child.id())).unwrap();
+    assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+
     say(&program.daemon, &FromDaemon::Shutdown);
     assert_eq!(program.child.wait().unwrap().code(), Some(0));
 }

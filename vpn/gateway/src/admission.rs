@@ -168,8 +168,7 @@ impl Doorman {
                 Err(TalkError::Ending) => return,
                 Err(error) => {
                     let words = chain(&error);
-                    tracing::info!("refused");
-                    tracing::debug!(reason = words, "for this reason");
+                    tracing::info!(reason = words, "refused");
                     answer(&stream, &FromGateway::Refused(words));
                 }
             }

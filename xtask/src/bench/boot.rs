@@ -4,13 +4,13 @@
 //! The office, kontord and the relay are real ([`crate::scene`]). For the other boot QEMU's own command line is
 //! read from the running process and used again, each descriptor in it made anew, with another initrd.
 
-use super::{Accel, Choice, Pieces, Setting, Spread, publish};
+use super::{Accel, Choice, Pieces, Setting, Spread, boot, publish, vm::cpu_s};
 use crate::{
     build::{self, Backend, Plan},
     demo, packages,
     report::{ImageSize, Memory},
     run::{Error, Result, at},
-    scene::{LEASE_S, Scene, running},
+    scene::{LEASE_S, Scene},
     world::{self, Role},
 };
 use command_fds::{CommandFdExt, FdMapping};
@@ -33,6 +33,8 @@ use std::{
 const RATIO_MAX: f64 = 1.5;
 /// How long an empty init may take to say that it is there.
 const EMPTY_MAX: Duration = Duration::from_secs(120);
+/// What kontord gives QEMU first.
+const FIRST_ARGUMENT: &str = "-nodefaults";
 /// The state that is waited for.
 const TUNNEL_UP: &str = "tunnel-up";
 
@@ -57,6 +59,12 @@ struct Report {
     /// Tunnel up, as many times as long as the empty boot of the same turn.
     ratio: Option<Spread>,
     ratio_max: f64,
+    /// Processor time of QEMU from its start to the session, in seconds; others' work on the machine counts less
+    /// in it than in the time that passes.
+    session_cpu_s: Option<Spread>,
+    /// The same to an init that does nothing.
+    empty_cpu_s: Option<Spread>,
+    cpu_ratio: Option<Spread>,
     /// Milliseconds from the order to start to QEMU's start: the release is verified.
     before_qemu_ms: Option<Spread>,
     image: ImageSize,
@@ -74,6 +82,14 @@ struct Start {
     before_qemu: f64,
     /// Since QEMU's start.
     states: Vec<(String, f64)>,
+    /// Seconds of processor time.
+    cpu_s: f64,
+}
+
+/// One empty boot: milliseconds, and seconds of processor time.
+struct Empty {
+    ms: f64,
+    cpu_s: f64,
 }
 
 impl Start {
@@ -113,15 +129,17 @@ pub(crate) fn inside(plan: &Path, rest: &[String]) -> Result<ExitCode> {
     let Orders { pieces, rounds, quick } = serde_json::from_str(orders).map_err(of_orders)?;
     world::make()?;
     let scene = Scene::open(&plan, LEASE_S)?;
-    let (mut starts, mut empties, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut starts, mut empties, mut ratios, mut cpu_ratios) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut seen = None;
     for round in 0..rounds {
         eprintln!("   turn {} of {rounds}", round + 1);
-        let (start, line, memory, accel) = start(&scene)?;
-        let empty = empty(&line, &pieces, &plan.image)?;
+        let (start, line, memory, accel) = boot(|| start(&scene))?;
+        let empty = boot(|| empty(&line, &pieces, &plan.image))?;
         let up = start.state(TUNNEL_UP);
         let up = up.ok_or_else(|| Error::Unexpected(format!("the work VM was never {TUNNEL_UP}")))?;
-        ratios.push(up / empty);
+        ratios.push(up / empty.ms);
+        cpu_ratios.push(start.cpu_s / empty.cpu_s);
         empties.push(empty);
         starts.push(start);
         seen = Some((memory, accel));
@@ -141,9 +159,12 @@ pub(crate) fn inside(plan: &Path, rest: &[String]) -> Result<ExitCode> {
         setting: Setting::new(choice, accel)?,
         uplink: plan.uplink.name(),
         steps: names.iter().map(step).collect(),
-        empty_ms: Spread::of(empties.iter().copied()),
+        empty_ms: Spread::of(empties.iter().map(|empty: &Empty| empty.ms)),
         ratio: Spread::of(ratios),
         ratio_max: RATIO_MAX,
+        session_cpu_s: Spread::of(starts.iter().map(|start| start.cpu_s)),
+        empty_cpu_s: Spread::of(empties.iter().map(|empty| empty.cpu_s)),
+        cpu_ratio: Spread::of(cpu_ratios),
         before_qemu_ms: Spread::of(starts.iter().map(|start| start.before_qemu)),
         image: demo::image_size(&plan.image)?,
         memory,
@@ -157,9 +178,7 @@ pub(crate) fn inside(plan: &Path, rest: &[String]) -> Result<ExitCode> {
 fn start(scene: &Scene) -> Result<(Start, Vec<String>, Memory, Accel)> {
     scene.home.start()?;
     let status = scene.home.status()?;
-    let qemu = running(super::vm::QEMU).first().copied();
-    let qemu = qemu.ok_or_else(|| Error::Unexpected("QEMU does not run".into()))?;
-    let line = arguments(qemu)?;
+    let (cpu_s, line) = qemu()?;
     let memory = demo::memory(scene);
     scene.home.kontor(&["stop"])?;
     let missing = |what: &str| Error::Unexpected(format!("no {what} in kontor status: {status}"));
@@ -170,7 +189,23 @@ fn start(scene: &Scene) -> Result<(Start, Vec<String>, Memory, Accel)> {
     };
     let states = states.iter().filter_map(state).collect();
     let accel = if status["accel"] == "kvm" { Accel::Kvm } else { Accel::Tcg };
-    Ok((Start { before_qemu, states }, line, memory, accel))
+    Ok((Start { before_qemu, states, cpu_s }, line, memory, accel))
+}
+
+/// Processor time and arguments of the QEMU that runs. Whoever started it may have its arguments too, but not its
+/// time.
+fn qemu() -> Result<(f64, Vec<String>)> {
+    let proc = Path::new("/proc");
+    let entries = fs::read_dir(proc).map_err(at("list", proc))?;
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let machine = |pid: u32| {
+        // It may have ended since it was listed.
+        let mut line = arguments(pid).ok()?;
+        let first = line.iter().position(|word| word == FIRST_ARGUMENT)?;
+        Some((cpu_s(&format!("/proc/{pid}/stat")).ok()?, line.split_off(first)))
+    };
+    let found = pids.filter_map(machine).max_by(|(one, _), (other, _)| one.total_cmp(other));
+    found.ok_or_else(|| Error::Unexpected("QEMU does not run".into()))
 }
 
 /// The arguments of a running process.
@@ -217,8 +252,8 @@ fn descriptors(line: &[String]) -> Vec<(i32, Kind)> {
         .collect()
 }
 
-/// Boots an empty init with QEMU's command line `line`; milliseconds until it says that it is there.
-fn empty(line: &[String], pieces: &Pieces, image: &Path) -> Result<f64> {
+/// Boots an empty init with QEMU's command line `line`, until it says that it is there.
+fn empty(line: &[String], pieces: &Pieces, image: &Path) -> Result<Empty> {
     let mut line = line.to_vec();
     let append = line.iter().position(|word| word == "-append").and_then(|at| line.get_mut(at + 1));
     let append = append.ok_or_else(|| Error::Unexpected("QEMU without a kernel's command line".into()))?;
@@ -261,7 +296,9 @@ fn empty(line: &[String], pieces: &Pieces, image: &Path) -> Result<f64> {
     drop(command);
     let mut lines = BufReader::new(console).lines().map_while(io::Result::ok);
     let here = lines.any(|line| line.contains(HERE));
-    let took = begin.elapsed();
+    let ms = begin.elapsed().as_secs_f64() * 1e3;
+    // An ended process that nobody waited for has its times still.
+    let cpu_s = cpu_s(&format!("/proc/{}/stat", qemu.id()));
     if !here {
         // It may have ended by itself.
         let _ = qemu.kill();
@@ -269,7 +306,7 @@ fn empty(line: &[String], pieces: &Pieces, image: &Path) -> Result<f64> {
     qemu.wait().map_err(failed)?;
     drop(ends);
     if here {
-        Ok(took.as_secs_f64() * 1e3)
+        Ok(Empty { ms, cpu_s: cpu_s? })
     } else {
         Err(Error::Unexpected("an empty init said nothing".into()))
     }
@@ -290,6 +327,13 @@ impl Report {
             let _ = writeln!(text, "  {step:20} {}", shown(*ms, 0));
         }
         let _ = writeln!(text, "\ntunnel up / empty init  {} (at most {RATIO_MAX})", shown(self.ratio, 2));
+        let _ = writeln!(
+            text,
+            "processor time          {} s to the session, {} s to an empty init, {} times as much",
+            shown(self.session_cpu_s, 2),
+            shown(self.empty_cpu_s, 2),
+            shown(self.cpu_ratio, 2)
+        );
         let _ = writeln!(text, "ms before QEMU's start  {}", shown(self.before_qemu_ms, 0));
         let Memory { guest_mib, kontord_kib, relay_kib } = self.memory;
         let _ = writeln!(text, "image                   {:.1} MB", self.image.bytes as f64 / 1e6);

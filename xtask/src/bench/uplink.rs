@@ -8,7 +8,7 @@
 //! program: what is measured is the way between, and what it costs the host.
 
 use super::{
-    Choice, Pieces, Setting, Spread,
+    Choice, Pieces, Setting, Spread, boot,
     peer::{Passed, Peer},
     publish,
     vm::{self, Vm, Way},
@@ -143,7 +143,7 @@ pub(crate) fn measure(bin: &Path, choice: Choice, json: Option<&Path>) -> Result
         order.rotate_left(round % Way::ALL.len());
         for way in order {
             eprintln!("   turn {} of {}: {}", round + 1, choice.rounds(), way.name());
-            let (mut vm, end) = Vm::boot(&pieces, accel, way)?;
+            let (mut vm, end) = boot(|| Vm::boot(&pieces, accel, way))?;
             let mut peer = Peer::new(way, end)?;
             for case in Case::all() {
                 let sample = sample(&mut vm, &mut peer, case, warm_up, window)?;

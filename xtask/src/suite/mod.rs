@@ -1,6 +1,7 @@
 //! The tests that need a real work VM: one machine for all that can share it.
 
 mod disk;
+mod jail;
 mod kills;
 mod lease;
 mod tamper;
@@ -65,6 +66,10 @@ fn trials(shared: &Shared) -> Vec<Trial> {
     add("tampered_repository_is_refused_and_the_installed_release_stays", tamper::tampered_repository);
     add("work_vm_starts_and_reaches_its_session", thread::starts);
     add("uplink_is_the_device_asked_for_and_the_other_is_not_there", thread::uplink_device);
+    add("qemu_and_relay_are_jailed", |stage| {
+        let uplink = stage.plan.uplink.name();
+        jail::confined(&stage.scene()?.home, uplink)
+    });
     add("page_is_read_through_the_tunnel", thread::page_is_read);
     add("large_file_arrives_whole", thread::large_file);
     add("page_is_not_read_while_the_gateway_is_down_and_is_again_after", thread::gateway_restart);

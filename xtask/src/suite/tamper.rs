@@ -63,9 +63,13 @@ pub(super) fn tampered_repository(stage: &mut Stage) -> Outcome {
             Some(role) if file.parent() == Some(&repository.join("metadata")) => role.to_owned(),
             _ => name.splitn(3, '.').last().unwrap_or_default().to_owned(),
         };
-        flip(&file, length(&file)? / 2)?;
+        // What the slot has is not fetched, so it has to lack the piece.
+        let own = scene.home.slot_file(&part).ok().filter(|own| part != "manifest.json" && own.is_file());
+        let both = [Some(file), own].into_iter().flatten();
+        let flip_both = || both.clone().try_for_each(|file| flip(&file, length(&file)? / 2));
+        flip_both()?;
         let output = scene.home.install(&repository).map_err(words)?;
-        flip(&file, length(&file)? / 2)?;
+        flip_both()?;
         let heard = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.code() != Some(3) || !heard.contains(&part) {
             return Err(format!("changed {name}: {} {heard}", output.status).into());

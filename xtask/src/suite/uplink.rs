@@ -12,15 +12,21 @@ use crate::{
     scene::{PATIENCE, running},
 };
 use libtest_mimic::Failed;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use std::{collections::HashSet, time::Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 /// A trial's name and what it does.
 type Named = (&'static str, fn(&mut Stage) -> Outcome);
 
 /// Each starts a work VM of its own and sees it stop.
 pub(super) const TRIALS: &[Named] = &[
+    ("page_is_read_through_the_second_gateway_when_the_first_is_down", second_gateway),
     ("killed_tunnel_ends_the_work_vm_in_mid_transfer_with_the_reason", killed_tunnel),
+    ("killed_qemu_takes_the_relay_with_it_at_once", killed_qemu),
     ("root_who_drives_the_uplink_alone_gets_nothing_past_the_relay", alone),
     ("flood_of_garbage_is_stopped_with_the_reason", |stage| flood(stage, "flood-of-garbage", GARBAGE)),
     ("flood_for_other_gateways_is_stopped_with_the_reason", |stage| flood(stage, "flood-of-others", OTHERS)),
@@ -51,6 +57,18 @@ pub(super) fn tap(stage: &mut Stage) -> Outcome {
     Err(format!("{} markers in the tap of {} bytes; {}", seen.len(), tap.len(), status["relay"]).into())
 }
 
+/// The first gateway does not answer: after three seconds the second is asked, and carries.
+fn second_gateway(stage: &mut Stage) -> Outcome {
+    let office = &mut stage.scene()?.office;
+    office.kill_gateway().map_err(words)?;
+    office.start_spare().map_err(words)?;
+    let read = starts(stage).and_then(|()| page_is_read(stage)).and_then(|()| closes(stage));
+    let office = &mut stage.scene()?.office;
+    office.kill_spare().map_err(words)?;
+    office.start_gateway().map_err(words)?;
+    read
+}
+
 /// The tunnel is gone while a file comes: nothing goes on without it, and the host hears why.
 fn killed_tunnel(stage: &mut Stage) -> Outcome {
     const KILL: &str = r#"for my $c (glob '/proc/[0-9]*/comm') { open(my $f, '<', $c) or next;
@@ -64,6 +82,25 @@ fn killed_tunnel(stage: &mut Stage) -> Outcome {
     // The work VM may be gone before the answer is.
     let _ = stage.probe()?.run(0, &["/bin/sh", "-c", &script], b"", PATIENCE);
     stopped(stage, "process-died", "").map(drop)
+}
+
+/// A socket of datagrams, as a `vfio` uplink is, does not show that its other end is gone; kontord sees it.
+fn killed_qemu(stage: &mut Stage) -> Outcome {
+    const AT_ONCE: Duration = Duration::from_secs(3);
+    starts(stage)?;
+    let relays = running("kontor-relay");
+    for pid in running("qemu-system").into_iter().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+        kill_process(pid, Signal::KILL).map_err(|e| e.to_string())?;
+    }
+    let limit = Instant::now() + AT_ONCE;
+    while !running("kontor-relay").is_empty() {
+        if Instant::now() > limit {
+            return Err(format!("{relays:?} still run {} s later", AT_ONCE.as_secs()).into());
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    let ended = if relays.len() == 1 { Ok(()) } else { Err(format!("relays: {relays:?}").into()) };
+    stopped(stage, "vanished", "").and(ended)
 }
 
 /// Root holds the first process still, kills the tunnel and drives the device in its place.

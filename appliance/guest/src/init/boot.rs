@@ -221,7 +221,8 @@ fn ask(
             }
             Event::Host(FromHost::Refused) => return Err(Stop::Refused),
             Event::Late => return Err(Stop::NoLease),
-            event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
+            event
+            @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_) | Event::Woken) => {
                 watched.handle(event)?
             }
         }
@@ -254,7 +255,11 @@ impl Leased {
                 },
                 Event::Tunnel(FromTunnel::Up(gateway)) => break gateway,
                 Event::Late => return Err(Stop::NoTunnel),
-                event @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_)) => {
+                event @ (Event::Host(_)
+                | Event::Child(..)
+                | Event::Tunnel(_)
+                | Event::Post(_)
+                | Event::Woken) => {
                     watched.handle(event)?;
                 }
             }

@@ -3,7 +3,7 @@
 
 use super::control::{Control, ControlError};
 use super::post::{Call, CallError};
-use crate::clock::{Moment, timespec};
+use crate::clock::{Moment, Sleep, slept, timespec};
 use crate::link::{FromTunnel, Link, LinkError, ToTunnel};
 use kontor_trust::Digest;
 use kontor_wire::control::{FromGuest, FromHost};
@@ -11,9 +11,13 @@ use kontor_wire::post::FromPost;
 use rustix::event::epoll;
 use rustix::io::{Errno, read};
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 /// One thing that happened.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub(crate) enum Event {
     Tunnel(FromTunnel),
     /// The call to the gateway's post has ended.
     Post(Result<FromPost, CallError>),
+    /// The machine has slept.
+    Woken,
     /// The moment that was waited for has come.
     Late,
 }
@@ -56,13 +62,32 @@ pub(crate) struct Events {
     children: Option<OwnedFd>,
     tunnel: Option<Link>,
     call: Option<Call>,
+    /// Readable when the machine wakes, or its clock is set.
+    clock: OwnedFd,
+    sleep: Sleep,
+    slept: fn() -> Duration,
+}
+
+/// A timer that the kernel cancels when the clock is not what it was, after a sleep above all. It is due in a
+/// time that does not come.
+fn clock_watch() -> Result<OwnedFd, EventsError> {
+    const NEVER: i64 = i64::MAX / 1_000_000_000;
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let clock = timerfd_create(TimerfdClockId::Realtime, flags)?;
+    let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let it_value = Timespec { tv_sec: NEVER, tv_nsec: 0 };
+    let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
+    timerfd_settime(&clock, flags, &Itimerspec { it_interval, it_value })?;
+    Ok(clock)
 }
 
 impl Events {
     /// Waits for the host, and for children when `children` says when there are some.
     pub(crate) fn new(control: Control, children: Option<OwnedFd>) -> Result<Self, EventsError> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let events = Self { set, control, children, tunnel: None, call: None };
+        let (clock, sleep) = (clock_watch()?, Sleep::new(slept()));
+        let events = Self { set, control, children, tunnel: None, call: None, clock, sleep, slept };
+        events.watch(events.clock.as_fd())?;
         events.watch(events.control.as_fd())?;
         if let Some(children) = &events.children {
             events.watch(children.as_fd())?;
@@ -107,9 +132,15 @@ impl Events {
     }
 
     /// The next event; [`Event::Late`] at `until` even when others wait, so that nobody can hold up a
-    /// deadline by talking.
+    /// deadline by talking; but [`Event::Woken`] before it, as a deadline that passed in a sleep is another
+    /// thing.
     pub(crate) fn next(&mut self, until: Option<Moment>) -> Result<Event, EventsError> {
         loop {
+            // Cancelled or not: what counts is how long it was.
+            let _ = read(&self.clock, &mut [0; 8]);
+            if self.sleep.notice((self.slept)()) {
+                return Ok(Event::Woken);
+            }
             let left = until.map(|moment| moment.since(Moment::now()));
             if left.is_some_and(|left| left.is_zero()) {
                 return Ok(Event::Late);
@@ -213,6 +244,18 @@ mod tests {
         events.hang_up();
         drop(desk.accept().unwrap());
         host.send(&FromHost::Nudge);
+        assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::Nudge)));
+    }
+
+    #[test]
+    fn sleep_is_told_once_and_before_the_deadline_that_passed_in_it() {
+        let (mut host, control) = Host::connected();
+        let mut events = Events::new(control, None).unwrap();
+        events.slept = || slept() + Duration::from_secs(600);
+        host.send(&FromHost::Nudge);
+        let passed = Some(Moment::now());
+        assert!(matches!(events.next(passed).unwrap(), Event::Woken));
+        assert!(matches!(events.next(passed).unwrap(), Event::Late));
         assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::Nudge)));
     }
 

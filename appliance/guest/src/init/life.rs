@@ -51,6 +51,8 @@ pub(crate) enum Action {
     HangUp,
     /// The lease in force is a new one: set what follows from it.
     Adopt,
+    /// Drop the tunnel's sessions and open a new one.
+    Reconnect,
     /// Close the tunnel for good.
     CloseTunnel,
 }
@@ -225,6 +227,21 @@ impl Life {
                 self.nudged = true;
             }
         }
+    }
+
+    /// The machine has slept (`lease.md` 21): a new session, a new lease, and a silence that begins now. The
+    /// lease's end stays where it was.
+    pub(crate) fn woken(&mut self, now: Moment) {
+        if self.lapse.is_some() || now >= self.lease.ends() {
+            return;
+        }
+        self.heard_at = now;
+        self.actions.push_back(Action::Reconnect);
+        if let Calls::Under { .. } = self.calls {
+            self.actions.push_back(Action::HangUp);
+        }
+        self.calls = Calls::Next { at: now };
+        self.nudge(now);
     }
 
     /// The challenge was sent.

@@ -39,7 +39,7 @@ impl Watched {
                 Ok(())
             }
             // Whoever set a deadline, waits for the gateway or calls it looks at these before this.
-            Event::Late | Event::Post(_) | Event::Tunnel(FromTunnel::Heard) => Ok(()),
+            Event::Late | Event::Woken | Event::Post(_) | Event::Tunnel(FromTunnel::Heard) => Ok(()),
         }
     }
 
@@ -107,6 +107,10 @@ pub(crate) fn attend(
         let now = Moment::now();
         match event {
             Event::Late => life.timeout(now)?,
+            Event::Woken => {
+                say!("the machine has slept");
+                life.woken(now);
+            }
             Event::Post(outcome) => life.answered(outcome, now)?,
             Event::Tunnel(FromTunnel::Heard) => life.heard(now),
             Event::Host(FromHost::Nudge) => life.nudge(now),
@@ -146,6 +150,7 @@ fn act(
             }
         }
         Action::HangUp => events.hang_up(),
+        Action::Reconnect => events.tell_tunnel(&ToTunnel::Reconnect)?,
         Action::Adopt => {
             let lease = life.lease().checked();
             say!("lease of {}, revision {}", lease.lease_hash, lease.lease.revision);

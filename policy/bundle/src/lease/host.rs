@@ -24,8 +24,8 @@ pub struct HostMemory {
 impl HostMemory {
     /// What of it counts at `now` (Unix seconds, the host's own clock). A lease that was issued more than
     /// [`HOST_SKEW_S`] in the host's future is no measure for later ones: either clock is wrong, and whoever
-    /// has control's key may write any time into a lease. A lease answers a fresh nonce, so none that was seen before is
-    /// believed again.
+    /// has control's key may write any time into a lease. A lease answers a fresh nonce, so none that was
+    /// seen before is believed again.
     #[must_use]
     pub fn as_of(self, now: u64) -> Self {
         let is_measure = self.issued_at <= now.saturating_add(HOST_SKEW_S);

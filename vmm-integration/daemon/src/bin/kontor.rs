@@ -180,6 +180,15 @@ fn show_status(out: &mut impl Write, status: &Status) -> io::Result<()> {
         let (up, down) = (relay.up.bytes / 1024, relay.down.bytes / 1024);
         writeln!(out, "Through the tunnel: {up} KiB sent, {down} KiB received")?;
     }
+    if let (Some(jail), Some(uplink)) = (&status.jail, status.uplink) {
+        let memory = jail.memory_mib;
+        writeln!(
+            out,
+            "Jailed: at most {memory} MiB of memory ({}), no limit on the processor. Uplink: {}",
+            jail.limit,
+            uplink.name()
+        )?;
+    }
     if status.emulated {
         writeln!(out, "EMULATED: slow, and no security boundary.")?;
     }

@@ -271,6 +271,14 @@ fn what_the_installed_release_has_with_another_byte_is_fetched() {
 }
 
 #[test]
+fn keyset_of_the_repository_that_is_too_long_is_refused() {
+    let mut world = World::new();
+    world.repository.add_file("keyset-00000001.json".into(), &vec![b' '; kontor_trust::MAX_ENVELOPE + 1]);
+    world.publish(&manifest(1));
+    world.refuses("keyset-00000001.json is above a limit");
+}
+
+#[test]
 fn running_release_is_not_touched_by_an_install() {
     let mut world = World::installed();
     let ready = world.open().unwrap();

@@ -15,6 +15,8 @@ fn keysets_have_numbers_up_to_the_limit() {
 struct Rotation {
     _dir: tempfile::TempDir,
     store: Store,
+    /// Every keyset: the first, one with the same signers, one with others.
+    keysets: Vec<Vec<u8>>,
     steps: Vec<Step>,
 }
 
@@ -53,7 +55,7 @@ impl Rotation {
         let seen = store.memory().unwrap().after(keyset, &device, &bundle);
         let documents = Documents::new(&verified_device, &verified_bundle);
         let steps = store.change(&chain, documents, seen).unwrap();
-        Self { _dir: dir, store, steps }
+        Self { _dir: dir, store, keysets: tenant.keysets, steps }
     }
 
     fn seen(&self) -> (u64, u64, String, u64) {
@@ -92,6 +94,25 @@ fn keyset_of_a_change_that_was_never_completed_is_written_over_by_the_next() {
     assert_eq!(rotation.seen().0, OLD.0);
     rotation.store.write(&rotation.steps).unwrap();
     assert_eq!(rotation.seen().0, NEW.0);
+}
+
+#[test]
+fn keyset_that_came_alone_is_stored_unless_it_disowns_the_documents() {
+    let rotation = Rotation::new();
+    let Rotation { store, keysets, .. } = &rotation;
+    assert!(store.adopt(&[]).unwrap());
+    assert!(!store.adopt(&keysets[1..]).unwrap());
+    assert_eq!(rotation.seen().0, OLD.0);
+    assert!(store.adopt(&keysets[..2]).unwrap());
+    assert_eq!(rotation.seen().0, 2);
+    assert_eq!(store.memory().unwrap().keyset_version, 2);
+    let error = store.adopt(&[b"{}".to_vec()]).unwrap_err();
+    assert!(matches!(error, StoreError::Keyset { version: 3, .. }), "{error}");
+    // Without documents there is nothing to adopt it for.
+    let dir = tempfile::tempdir().unwrap();
+    let bare = Store::open(dir.path(), store.tenant(), device_id()).unwrap();
+    assert!(bare.adopt(keysets).unwrap());
+    assert!(bare.keyset().unwrap_err().is_missing());
 }
 
 #[test]

@@ -4,6 +4,7 @@ use super::{Plan, VmError};
 use crate::{
     console::Console,
     exit::chain,
+    jail::{Jailed, NO_JAIL},
     probe,
     qemu::{self, Backend, Inherited, Machine},
     qmp,
@@ -35,7 +36,6 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
-    process::Child,
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet},
     time::{Instant, timeout},
@@ -65,7 +65,8 @@ pub(super) struct Vm {
 
 impl Vm {
     pub(super) async fn start(plan: Plan, inputs: mpsc::Sender<Input>) -> Result<Self, VmError> {
-        let Plan { machine, ready, qemu: program, relay, console_log, probe_socket, tap, times: _ } = plan;
+        let Plan { machine, ready, qemu: program, relay, jail, console_log, probe_socket, tap, times: _ } =
+            plan;
         let console_file = match Console::open(&console_log) {
             Ok(file) => file,
             Err(source) => return Err(VmError::ConsoleLog { path: console_log, source }),
@@ -88,7 +89,7 @@ impl Vm {
         };
         let machine = Machine { probe: probe_theirs.is_some(), ..machine };
 
-        let relay = Relay::start(&relay, relays).await?;
+        let relay = Relay::start(&jail, &relay, relays).await?;
         let inherited = Inherited {
             kernel: ready.kernel.into(),
             initrd: ready.initrd.into(),
@@ -100,14 +101,18 @@ impl Vm {
             probe: probe_theirs,
         };
         let qemu_begun = Instant::now();
-        let mut child = match qemu::start(&program, &machine, inherited) {
+        let mut child = match qemu::start(&jail, &program, &machine, inherited) {
             Ok(child) => child,
             Err(source) => {
                 relay.end().await;
                 return Err(VmError::Qemu { program, source });
             }
         };
-        tracing::info!(pid = child.id(), accelerator = machine.accelerator.name(), "QEMU was started");
+        let Some(pid) = child.entered().await else {
+            relay.end().await;
+            return Err(no_jail(child, program).await);
+        };
+        tracing::info!(pid, accelerator = machine.accelerator.name(), "QEMU was started");
 
         let (orders, orders_rx) = mpsc::channel(ORDERS_MAX);
         let (counters_tx, counters) = watch::channel(None);
@@ -120,7 +125,7 @@ impl Vm {
         if let Err(error) = qmp::begin(&mut qmp).await {
             tracing::warn!(%error, "QEMU's control channel cannot be used");
         }
-        let words = child.stderr.take();
+        let words = child.take_words();
         let mut streams = JoinSet::new();
         streams.spawn(read_control(from_guest, inputs.clone()));
         streams.spawn(read_console(console, console_file, inputs.clone()));
@@ -238,7 +243,7 @@ fn uplink(
 
 /// Waits for QEMU's end, or brings it about; then until everything it sent was read.
 async fn watch_qemu(
-    mut child: Child,
+    mut child: Jailed,
     mut kill: mpsc::Receiver<()>,
     mut streams: JoinSet<()>,
     words: JoinHandle<String>,
@@ -248,9 +253,7 @@ async fn watch_qemu(
         tokio::select! {
             status = child.wait() => break status,
             Some(()) = kill.recv() => {
-                if let Err(error) = child.start_kill() {
-                    tracing::error!(%error, "QEMU cannot be killed");
-                }
+                child.kill();
             }
         }
     };
@@ -263,6 +266,20 @@ async fn watch_qemu(
         String::new()
     });
     let _ = inputs.send(Input::Closed(ending(status, &words))).await;
+}
+
+/// Why a jailer did not start QEMU.
+async fn no_jail(mut child: Jailed, program: PathBuf) -> VmError {
+    child.kill();
+    let words = match child.take_words() {
+        Some(stderr) => last_words(stderr, "jail").await,
+        None => String::new(),
+    };
+    match child.wait().await {
+        Ok(status) if status.code() == Some(NO_JAIL) => VmError::NoJail(words),
+        Ok(status) => VmError::Qemu { program, source: io::Error::other(format!("{status} {words}")) },
+        Err(source) => VmError::Qemu { program, source },
+    }
 }
 
 fn ending(status: io::Result<ExitStatus>, words: &str) -> String {

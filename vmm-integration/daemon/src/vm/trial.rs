@@ -30,7 +30,7 @@ const MEMORY_MIB: u32 = 256;
 ///
 /// # Errors
 /// [`VmError`] when the trial itself could not be made: no verdict then.
-pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<Trial, VmError> {
+pub(crate) async fn kvm_runs_a_guest(jailer: &Path, program: &Path, ready: &Ready) -> Result<Trial, VmError> {
     let (control, control_theirs) = pair()?;
     // Nobody listens to these; their other ends close when this function returns.
     let (_console, console) = pair()?;
@@ -54,14 +54,15 @@ pub(crate) async fn kvm_runs_a_guest(program: &Path, ready: &Ready) -> Result<Tr
         uplink,
         probe: None,
     };
-    let mut child = qemu::start(program, &machine, inherited)
+    let mut child = qemu::start(jailer, program, &machine, inherited)
         .map_err(|source| VmError::Qemu { program: program.into(), source })?;
     let trial = match timeout(ANSWER, says_no_disk(control)).await {
         Ok(Ok(true)) => Trial::Works,
         Ok(Ok(false) | Err(_)) => Trial::Fails,
         Err(_) => Trial::Silent,
     };
-    if let Err(error) = child.kill().await {
+    child.kill();
+    if let Err(error) = child.wait().await {
         tracing::warn!(%error, "the machine that KVM was tried with cannot be ended");
     }
     Ok(trial)

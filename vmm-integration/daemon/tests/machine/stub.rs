@@ -2,10 +2,9 @@
 //! its kernel's command line says (`stub=…`), and the relay. And what an office answers.
 
 use crate::{
-    https,
+    escape, https,
     tenant::{GATEWAY, Tenant},
 };
-use command_fds::inherited::take_fd_ownership;
 use kontor_relay::{End, Limits, Relay, Wires};
 use kontor_wire::{
     Decoder,
@@ -19,7 +18,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::UdpSocket,
     os::{
-        fd::{OwnedFd, RawFd},
+        fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     path::Path,
@@ -39,7 +38,8 @@ pub(crate) const KEEPALIVE: [u8; 32] = {
 const POWERED_OFF: i32 = 0;
 
 fn inherited(fd: RawFd) -> OwnedFd {
-    take_fd_ownership(fd).unwrap()
+    // SAFETY: each number stands once on the stub's command line, and nothing else in it owns one.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// `kontor-relay`, with its arguments.
@@ -92,7 +92,7 @@ struct Machine {
     control: UnixStream,
     decoder: Decoder,
     uplink: UnixStream,
-    descriptors: Vec<u32>,
+    descriptors: Vec<RawFd>,
 }
 
 /// `qemu-system-x86_64`, with its arguments.
@@ -132,6 +132,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
             machine.ready()
         }
         "inspect" => machine.inspect(),
+        "escape" => machine.escape(),
         "silent" | "deaf" => park(),
         "hello" => {
             machine.hello();
@@ -177,13 +178,12 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
     }
 }
 
-/// The open descriptors, and the one through which they are read.
-fn descriptors() -> Vec<u32> {
-    let entries = std::fs::read_dir("/proc/self/fd").unwrap();
-    let mut numbers: Vec<u32> =
-        entries.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok()).collect();
-    numbers.sort_unstable();
-    numbers
+/// The open descriptors. In the jail no directory can be listed.
+fn descriptors() -> Vec<RawFd> {
+    // SAFETY: a number is asked about; what it stands for is not touched.
+    let is_open =
+        |number: &RawFd| rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(*number) }).is_ok();
+    (0..1024).filter(is_open).collect()
 }
 
 fn serve_qmp(qmp: UnixStream, deaf: bool) {
@@ -316,6 +316,14 @@ impl Machine {
         self.until_power_off()
     }
 
+    /// Prints how each attempt to get out was answered.
+    fn escape(mut self) -> ! {
+        for line in escape::attempts() {
+            self.print(&line);
+        }
+        exit(0)
+    }
+
     /// Breaks the rules, does not listen, and writes to everybody as fast as it can.
     fn flood(mut self, mut events: UnixStream) -> ! {
         self.hello();
@@ -360,7 +368,7 @@ impl Machine {
         let lines = [
             format!("kernel {}", content(&value("-kernel"))),
             format!("initrd {}", content(&value("-initrd"))),
-            format!("root {}", content("/proc/self/fd/5")),
+            format!("root {}", io::read_to_string(File::from(inherited(5))).unwrap()),
             format!("append {}", value("-append")),
             format!("descriptors {:?}", self.descriptors),
             format!("core {} files {}", limit("Max core file size"), limit("Max file size")),

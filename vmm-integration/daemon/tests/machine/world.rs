@@ -165,12 +165,13 @@ impl World {
         let office = https::serve(key, move |_, request| stub::office(&papers, request));
         let config = format!(
             "state = '{path}/state'\nsocket = '{path}/kontord.sock'\ntenant = '{}'\ndevice = '{}'\nrelease_root = '{}'\n\
-             qemu = '{own}'\nkvm = '/no/kvm'\nrelay = '{own}'\noffice = '{office}'\n{}",
+             qemu = '{own}'\nkvm = '/no/kvm'\nrelay = '{own}'\njail = '{jail}'\noffice = '{office}'\n{}",
             tenant.id,
             device_id(),
             repository.pin(),
             setup.config.replace("DIR", path),
             own = own.display(),
+            jail = env!("CARGO_BIN_EXE_kontor-jail"),
         );
         fs::write(dir.path().join("kontord.toml"), config).unwrap();
         Self { dir, tenant, repository, kontord: None, log: None }

@@ -124,6 +124,12 @@ impl Repository {
         }
     }
 
+    /// One more file, which the next publication names.
+    pub(crate) fn add_file(&mut self, name: String, content: &[u8]) {
+        let target = Target { bytes: content.len() as u64, sha256: Digest::of(content) };
+        self.put(name, target, content);
+    }
+
     fn put(&mut self, name: String, target: Target, content: &[u8]) {
         fs::write(self.dir.join(TARGETS).join(target_file(&name, &target.sha256)), content).unwrap();
         self.targets.insert(name, target);

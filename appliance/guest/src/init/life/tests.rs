@@ -316,7 +316,7 @@ fn silence_provokes_calls_and_then_closes_the_tunnel() {
             match action {
                 Action::Call(..) => calls += 1,
                 Action::HangUp => {}
-                other @ (Action::Ask | Action::Adopt) => panic!("{other:?}"),
+                other @ (Action::Ask | Action::Adopt | Action::Reconnect) => panic!("{other:?}"),
                 Action::CloseTunnel => assert_eq!(world.now, silent_at),
             }
         }
@@ -351,4 +351,41 @@ fn lease_or_refusal_that_was_not_asked_for_breaks_the_rules() {
     assert!(matches!(unasked, Err(Stop::Unasked("Lease"))));
     // And a stale word is worth a stop only before the boot is admitted.
     assert!(matches!(Stop::Stale(Stale::Lease).reason(), StopReason::Stale));
+}
+
+#[test]
+fn waking_drops_the_sessions_and_renews_before_the_silence_of_the_sleep_counts() {
+    let mut world = World::admitted(|| 0);
+    // Longer than silence may last, and in the first half of the lease.
+    world.now = world.now.after(seconds(600));
+    assert!(world.now >= world.life.silent_at() && world.now < world.life.lease().ends());
+    world.life.woken(world.now);
+    assert_eq!(world.actions(), [Action::Reconnect]);
+    world.life.timeout(world.now).unwrap();
+    assert!(matches!(world.actions()[..], [Action::Ask, Action::Call(..)]));
+    assert!(world.life.next_timeout() > world.now);
+}
+
+#[test]
+fn call_under_way_is_given_up_when_the_machine_wakes() {
+    let mut world = World::new(|| 0);
+    world.life.timeout(world.now).unwrap();
+    assert!(matches!(world.actions()[..], [Action::Call(..)]));
+    world.now = world.now.after(seconds(1));
+    world.life.woken(world.now);
+    assert_eq!(world.actions(), [Action::Reconnect, Action::HangUp]);
+    world.life.timeout(world.now).unwrap();
+    assert!(matches!(world.actions()[..], [Action::Call(..)]));
+}
+
+#[test]
+fn sleep_beyond_the_leases_end_ends_the_session() {
+    let mut world = World::admitted(|| 0);
+    world.now = world.now.after(seconds(LIFE_S));
+    world.life.woken(world.now);
+    assert_eq!(world.actions(), []);
+    world.life.timeout(world.now).unwrap();
+    assert_eq!(world.actions(), [Action::CloseTunnel]);
+    world.life.woken(world.now);
+    assert_eq!(world.actions(), []);
 }
