@@ -153,6 +153,7 @@ impl UpPath {
         }
         for _ in 0..reads_max {
             let length = match uplink.recv(&mut self.datagram) {
+                Ok(0) => return Ok(Turn::Closed),
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Drained),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
