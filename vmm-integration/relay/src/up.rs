@@ -139,7 +139,7 @@ impl UpPath {
         Ok(self.drain(table, sockets, now))
     }
 
-    /// The same where each datagram of `uplink` is an Ethernet frame.
+    /// The same where each packet of `uplink` is an Ethernet frame.
     pub(crate) fn turn_ethernet<S: Datagrams>(
         &mut self,
         uplink: &UnixDatagram,

@@ -50,7 +50,7 @@ fn call(number: c_long, arguments: [c_long; 5]) -> c_long {
 
 /// The address of a name of a socket's, of which only the family is read.
 fn unix() -> c_long {
-    const FAMILY: [u8; 2] = (libc::AF_UNIX as u16).to_ne_bytes();
+    const FAMILY: [u8; 4] = libc::AF_UNIX.to_le_bytes();
     FAMILY.as_ptr() as c_long
 }
 
