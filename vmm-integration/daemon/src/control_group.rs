@@ -63,9 +63,12 @@ impl Delegated {
 
     /// The same for a process whose control group is `own`; `is_delegated` says which ones were given away.
     fn at(own: &Path, is_delegated: impl Fn(&Path) -> bool) -> io::Result<Option<Self>> {
-        // With `DelegateSubgroup=` systemd has put kontord below already.
-        let parent = own.parent().unwrap_or(own);
-        let Some(root) = [own, parent].into_iter().find(|path| is_delegated(path)) else { return Ok(None) };
+        // With `DelegateSubgroup=kontord` systemd has put kontord below already. A parent is not looked at
+        // otherwise: it may be that of a whole user, who has another manager for it.
+        let parent = own.parent().filter(|_| own.ends_with(OWN));
+        let Some(root) = [Some(own), parent].into_iter().flatten().find(|path| is_delegated(path)) else {
+            return Ok(None);
+        };
         let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
         let has = |name: &str| controllers.split_ascii_whitespace().any(|word| word == name);
         if !has("memory") {
@@ -235,10 +238,10 @@ mod tests {
     #[test]
     fn kontord_that_was_put_below_stays_there() {
         let dir = looks_like("memory");
-        let own = dir.path().join("service");
-        fs::create_dir(&own).unwrap();
+        let own = dir.path().join("kontord");
+        assert_eq!(Delegated::at(&dir.path().join("other"), |path| path == dir.path()).unwrap(), None);
         let delegated = Delegated::at(&own, |path| path == dir.path()).unwrap().unwrap();
-        assert!(!dir.path().join("kontord").exists());
+        assert!(!own.exists());
         assert_eq!(fs::read_to_string(dir.path().join("cgroup.subtree_control")).unwrap(), "+memory");
         let group = delegated.group(Share { memory_bytes: 1, cpus: 1 }).unwrap();
         assert!(!group.limits_cpu() && !dir.path().join("qemu/cpu.max").exists());

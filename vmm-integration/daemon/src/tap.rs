@@ -79,8 +79,7 @@ pub(crate) fn insert(path: &Path, qemu: UnixStream, relay: UnixStream) -> io::Re
     Ok(())
 }
 
-/// The same where both are sockets of datagrams. Such have no end that could be carried, so it goes on
-/// until `tasks` end.
+/// The same where both are SEQPACKET sockets. An end is not carried: the other side is open until `tasks` end.
 pub(crate) fn insert_datagrams(
     path: &Path,
     qemu: UnixDatagram,
@@ -156,7 +155,7 @@ async fn carry_datagrams(
     tap: Arc<Tap>,
 ) {
     let mut datagram = vec![0; DATAGRAM_MAX];
-    while let Ok(count) = from.recv(&mut datagram).await {
+    while let Ok(count @ 1..) = from.recv(&mut datagram).await {
         if let Err(error) = tap.record(direction, &datagram[..count]) {
             tracing::error!(%error, "the tap cannot be written; the uplink is closed");
             break;
@@ -194,11 +193,18 @@ mod tests {
         assert_eq!(seen, [(Direction::Up, &b"upward"[..]), (Direction::Down, &b"downward"[..])]);
     }
 
+    fn packets() -> (UnixDatagram, UnixDatagram) {
+        use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+        let flags = SocketFlags::CLOEXEC;
+        let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        (one.into(), other.into())
+    }
+
     #[tokio::test]
     async fn datagrams_stay_whole_and_each_is_a_record() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tap");
-        let ((guest, qemu), (relay, inner)) = (UnixDatagram::pair().unwrap(), UnixDatagram::pair().unwrap());
+        let ((guest, qemu), (relay, inner)) = (packets(), packets());
         let mut tasks = JoinSet::new();
         insert_datagrams(&path, qemu, inner, &mut tasks).unwrap();
         let done = tokio::task::spawn_blocking(move || {

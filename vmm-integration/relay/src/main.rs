@@ -1,5 +1,5 @@
 //! `kontor-relay --uplink 3 --control 4 --udp4 5 [--udp6 6]`: each number is a descriptor that kontord
-//! handed over. What kind of socket the uplink is, stream or datagrams, says the socket. Ends with 0 when it was told to or the virtual machine is gone, 3 when the guest broke
+//! handed over. What kind of socket the uplink is, stream or packets, says the socket. Ends with 0 when it was told to or the virtual machine is gone, 3 when the guest broke
 //! the rules of the uplink, 2 on a wrong command line, 1 on anything else.
 
 use kontor_relay::{End, Limits, Relay, Uplink, Wires};
@@ -89,7 +89,7 @@ fn run(numbers: &Numbers) -> Result<End, Box<dyn Error>> {
     ioctl_fionbio(&uplink, true)?;
     let uplink = match sockopt::socket_type(&uplink)? {
         SocketType::STREAM => Uplink::Stream(uplink.into()),
-        SocketType::DGRAM => Uplink::Ethernet(uplink.into()),
+        SocketType::SEQPACKET => Uplink::Ethernet(uplink.into()),
         _ => return Err("the uplink is a socket of another type".into()),
     };
     let udp4 = UdpSocket::from(take(numbers.udp4)?);

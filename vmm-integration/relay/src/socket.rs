@@ -15,7 +15,8 @@ use std::{
 pub enum Uplink {
     /// The other end of a virtio-serial port: frames behind their length.
     Stream(UnixStream),
-    /// The other end of a network device: each datagram is one Ethernet frame with one frame in it.
+    /// The other end of a network device: each packet is one Ethernet frame with one frame in it. A SEQPACKET
+    /// socket, whose end shows as an empty packet.
     Ethernet(UnixDatagram),
 }
 

@@ -139,7 +139,7 @@ impl UpPath {
         Ok(self.drain(table, sockets, now))
     }
 
-    /// The same where each datagram of `uplink` is an Ethernet frame.
+    /// The same where each packet of `uplink` is an Ethernet frame.
     pub(crate) fn turn_ethernet<S: Datagrams>(
         &mut self,
         uplink: &UnixDatagram,
@@ -153,6 +153,7 @@ impl UpPath {
         }
         for _ in 0..reads_max {
             let length = match uplink.recv(&mut self.datagram) {
+                Ok(0) => return Ok(Turn::Closed),
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Drained),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

@@ -35,7 +35,9 @@ struct World {
 
 impl World {
     fn with(limits: Limits) -> Self {
-        let (guest, uplink) = UnixDatagram::pair().unwrap();
+        let (guest, uplink) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (guest, uplink) = (UnixDatagram::from(guest), UnixDatagram::from(uplink));
         guest.set_read_timeout(Some(PATIENCE)).unwrap();
         uplink.set_nonblocking(true).unwrap();
         let (daemon, control) =
@@ -138,11 +140,17 @@ fn frame_of_another_type_or_between_others_is_counted_and_goes_nowhere() {
     world.guest.send(&arp).unwrap();
     world.guest.send(&[&RELAY_TO_GUEST[..], &inner].concat()).unwrap();
     world.guest.send(&inner).unwrap();
-    world.guest.send(&[]).unwrap();
     world.guest.send(&[&GUEST_TO_RELAY[..], &[1; MAX_FRAME + 1]].concat()).unwrap();
     world.guest_sends(96, &transport(96, 4));
     assert_eq!(world.gateway_receives(), transport(96, 4));
-    assert_eq!((world.counters().up.malformed, world.counters().up.frames), (5, 1));
+    assert_eq!((world.counters().up.malformed, world.counters().up.frames), (4, 1));
+}
+
+#[test]
+fn guest_that_goes_ends_the_relay() {
+    let world = World::with(Limits::default());
+    drop(world.guest);
+    assert_eq!(world.relay.join().unwrap().unwrap(), End::UplinkClosed);
 }
 
 #[test]

@@ -21,12 +21,10 @@ use kontor_wire::{
     control::{FromGuest, FromHost, MAX_FROM_GUEST},
     encode,
 };
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::{
     io,
-    os::{
-        fd::OwnedFd,
-        unix::net::{UnixDatagram as StdUnixDatagram, UnixStream as StdUnixStream},
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::PathBuf,
     process::ExitStatus,
     time::Duration,
@@ -230,7 +228,11 @@ fn uplink(
     let pair = || {
         let ends: (OwnedFd, OwnedFd) = match backend {
             Backend::Port => StdUnixStream::pair().map(|(one, other)| (one.into(), other.into()))?,
-            Backend::Vfio => StdUnixDatagram::pair().map(|(one, other)| (one.into(), other.into()))?,
+            // No datagrams: such a socket sends to any other of the host that one names, whatever namespace
+            // the sender is in, because it was made in this one.
+            Backend::Vfio => {
+                socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?
+            }
         };
         Ok(ends)
     };

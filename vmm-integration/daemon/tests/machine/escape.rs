@@ -4,8 +4,31 @@
 use libc::{c_char, c_int, c_long};
 use std::{io, ptr};
 
-/// A name, and the result of a system call: below zero when it was refused.
-type Attempt = (&'static str, fn() -> c_long);
+/// A name, and the result of a system call: below zero when it was refused. What the filter refuses fails
+/// with `EPERM` before its arguments are looked at; all that is refused otherwise says how.
+type Attempt = (&'static str, Refusal, fn() -> c_long);
+
+/// How an attempt has to fail.
+#[derive(Clone, Copy)]
+enum Refusal {
+    /// By the filter.
+    Filter,
+    /// A second exec, for which there is no listener any more.
+    Exec,
+    /// There is no such thing in the jail, or it may not be touched.
+    Elsewhere,
+}
+use Refusal::{Elsewhere, Exec, Filter};
+
+impl Refusal {
+    fn is(self, errno: i32) -> bool {
+        match self {
+            Self::Filter => errno == libc::EPERM,
+            Self::Exec => errno == libc::ENOSYS,
+            Self::Elsewhere => [libc::ENOENT, libc::EACCES, libc::EROFS, libc::ESRCH].contains(&errno),
+        }
+    }
+}
 
 fn open(path: &'static [u8], flags: c_int) -> c_long {
     // SAFETY: every path here ends with a zero.
@@ -25,6 +48,12 @@ fn call(number: c_long, arguments: [c_long; 5]) -> c_long {
     unsafe { libc::syscall(number, a, b, c, d, e) }
 }
 
+/// The address of a name of a socket's, of which only the family is read.
+fn unix() -> c_long {
+    const FAMILY: [u8; 4] = libc::AF_UNIX.to_le_bytes();
+    FAMILY.as_ptr() as c_long
+}
+
 fn execute(path: &'static [u8]) -> c_long {
     let words: [*const c_char; 2] = [path.as_ptr().cast(), ptr::null()];
     // SAFETY: the path ends with a zero, both lists with null.
@@ -32,69 +61,90 @@ fn execute(path: &'static [u8]) -> c_long {
 }
 
 const ATTEMPTS: &[Attempt] = &[
-    ("open /etc/passwd", || open(b"/etc/passwd\0", libc::O_RDONLY)),
-    ("open the host's root", || open(b"/old/etc/passwd\0", libc::O_RDONLY)),
-    ("list the root", || open(b"/\0", libc::O_RDONLY | libc::O_DIRECTORY)),
-    ("open /sys", || open(b"/sys/kernel/uevent_seqnum\0", libc::O_RDONLY)),
-    ("open /dev/kvm", || open(b"/dev/kvm\0", libc::O_RDWR)),
-    ("open /dev/null", || open(b"/dev/null\0", libc::O_RDWR)),
-    ("open /proc/sys", || open(b"/proc/sys/kernel/core_pattern\0", libc::O_RDONLY)),
-    ("open /proc/kallsyms", || open(b"/proc/kallsyms\0", libc::O_RDONLY)),
-    ("open a process outside", || open(b"/proc/2/status\0", libc::O_RDONLY)),
-    ("open the root image anew", || open(b"/proc/self/fd/5\0", libc::O_RDONLY)),
-    ("open the root image for writing", || open(b"/proc/self/fd/5\0", libc::O_RDWR)),
-    ("make a file", || open(b"/x\0", libc::O_RDWR | libc::O_CREAT)),
-    ("write its own program", || open(b"/proc/self/exe\0", libc::O_RDWR)),
-    ("open by handle", || call(libc::SYS_open_by_handle_at, [5, 0, 0, 0, 0])),
-    ("socket unix", || socket(libc::AF_UNIX, libc::SOCK_STREAM)),
-    ("socket inet", || socket(libc::AF_INET, libc::SOCK_STREAM)),
-    ("socket inet datagrams", || socket(libc::AF_INET, libc::SOCK_DGRAM)),
-    ("socket inet6", || socket(libc::AF_INET6, libc::SOCK_STREAM)),
-    ("socket vsock", || socket(libc::AF_VSOCK, libc::SOCK_STREAM)),
-    ("socket netlink", || socket(libc::AF_NETLINK, libc::SOCK_RAW)),
-    ("socket packet", || socket(libc::AF_PACKET, libc::SOCK_RAW)),
-    ("socket alg", || socket(libc::AF_ALG, libc::SOCK_SEQPACKET)),
-    ("connect an inherited socket", || call(libc::SYS_connect, [6, 0, 0, 0, 0])),
-    ("bind an inherited socket", || call(libc::SYS_bind, [6, 0, 0, 0, 0])),
-    ("execute itself", || execute(b"/proc/self/exe\0")),
-    ("execute a shell", || execute(b"/bin/sh\0")),
-    ("execute the loader", || execute(b"/lib64/ld-linux-x86-64.so.2\0")),
-    ("execute inherited memory", || execute(b"/proc/self/fd/3\0")),
-    ("execute by descriptor", || call(libc::SYS_execveat, [3, 0, 0, 0, c_long::from(libc::AT_EMPTY_PATH)])),
-    ("make memory to execute", || call(libc::SYS_memfd_create, [0; 5])),
-    ("fork", || call(libc::SYS_clone, [c_long::from(libc::SIGCHLD), 0, 0, 0, 0])),
-    ("vfork", || call(libc::SYS_vfork, [0; 5])),
-    ("be traced", || call(libc::SYS_ptrace, [0; 5])),
-    ("trace", || call(libc::SYS_ptrace, [16, 1, 0, 0, 0])),
-    ("read another's memory", || call(libc::SYS_process_vm_readv, [2, 0, 0, 0, 0])),
-    ("kill everybody", || call(libc::SYS_kill, [-1, 9, 0, 0, 0])),
-    ("kill an outside process", || call(libc::SYS_tgkill, [2, 2, 9, 0, 0])),
-    ("open a process", || call(libc::SYS_pidfd_open, [2, 0, 0, 0, 0])),
-    ("mount", || call(libc::SYS_mount, [0; 5])),
-    ("mount anew", || call(libc::SYS_fsopen, [0; 5])),
-    ("change the root", || call(libc::SYS_chroot, [0; 5])),
-    ("unshare user", || call(libc::SYS_unshare, [c_long::from(libc::CLONE_NEWUSER), 0, 0, 0, 0])),
-    ("enter a namespace", || call(libc::SYS_setns, [3, 0, 0, 0, 0])),
-    ("bpf", || call(libc::SYS_bpf, [0; 5])),
-    ("io_uring", || call(libc::SYS_io_uring_setup, [1, 0, 0, 0, 0])),
-    ("userfaultfd", || call(libc::SYS_userfaultfd, [0; 5])),
-    ("perf", || call(libc::SYS_perf_event_open, [0; 5])),
-    ("keyctl", || call(libc::SYS_keyctl, [0; 5])),
-    ("another filter", || call(libc::SYS_seccomp, [1, 8, 0, 0, 0])),
-    ("become dumpable", || call(libc::SYS_prctl, [c_long::from(libc::PR_SET_DUMPABLE), 1, 0, 0, 0])),
-    ("ioctl of KVM", || call(libc::SYS_ioctl, [6, 0xae00, 0, 0, 0])),
-    ("push a terminal's input", || call(libc::SYS_ioctl, [0, 0x5412, 0, 0, 0])),
-    ("change the clock", || call(libc::SYS_clock_settime, [0; 5])),
-    ("load a module", || call(libc::SYS_finit_module, [3, 0, 0, 0, 0])),
+    ("open /etc/passwd", Elsewhere, || open(b"/etc/passwd\0", libc::O_RDONLY)),
+    ("open the host's root", Elsewhere, || open(b"/old/etc/passwd\0", libc::O_RDONLY)),
+    ("list the root", Elsewhere, || open(b"/\0", libc::O_RDONLY | libc::O_DIRECTORY)),
+    ("open /sys", Elsewhere, || open(b"/sys/kernel/uevent_seqnum\0", libc::O_RDONLY)),
+    ("open /dev/kvm", Elsewhere, || open(b"/dev/kvm\0", libc::O_RDWR)),
+    ("open /dev/null", Elsewhere, || open(b"/dev/null\0", libc::O_RDWR)),
+    ("open /proc/sys", Elsewhere, || open(b"/proc/sys/kernel/core_pattern\0", libc::O_RDONLY)),
+    ("open /proc/kallsyms", Elsewhere, || open(b"/proc/kallsyms\0", libc::O_RDONLY)),
+    ("open a process outside", Elsewhere, || open(b"/proc/2/status\0", libc::O_RDONLY)),
+    ("open the root image anew", Elsewhere, || open(b"/proc/self/fd/5\0", libc::O_RDONLY)),
+    ("open the root image for writing", Elsewhere, || open(b"/proc/self/fd/5\0", libc::O_RDWR)),
+    ("make a file", Elsewhere, || open(b"/x\0", libc::O_RDWR | libc::O_CREAT)),
+    ("write its own program", Elsewhere, || open(b"/proc/self/exe\0", libc::O_RDWR)),
+    ("open by handle", Filter, || call(libc::SYS_open_by_handle_at, [5, 0, 0, 0, 0])),
+    ("socket unix", Filter, || socket(libc::AF_UNIX, libc::SOCK_STREAM)),
+    ("socket inet", Filter, || socket(libc::AF_INET, libc::SOCK_STREAM)),
+    ("socket inet datagrams", Filter, || socket(libc::AF_INET, libc::SOCK_DGRAM)),
+    ("socket inet6", Filter, || socket(libc::AF_INET6, libc::SOCK_STREAM)),
+    ("socket vsock", Filter, || socket(libc::AF_VSOCK, libc::SOCK_STREAM)),
+    ("socket netlink", Filter, || socket(libc::AF_NETLINK, libc::SOCK_RAW)),
+    ("socket packet", Filter, || socket(libc::AF_PACKET, libc::SOCK_RAW)),
+    ("socket alg", Filter, || socket(libc::AF_ALG, libc::SOCK_SEQPACKET)),
+    ("connect an inherited socket", Filter, || call(libc::SYS_connect, [6, unix(), 2, 0, 0])),
+    // With such a name the kernel finds one itself.
+    ("bind an inherited socket", Filter, || call(libc::SYS_bind, [6, unix(), 2, 0, 0])),
+    ("execute itself", Exec, || execute(b"/proc/self/exe\0")),
+    ("execute a shell", Exec, || execute(b"/bin/sh\0")),
+    ("execute the loader", Exec, || execute(b"/lib64/ld-linux-x86-64.so.2\0")),
+    ("execute inherited memory", Exec, || execute(b"/proc/self/fd/3\0")),
+    ("execute by descriptor", Filter, || {
+        call(libc::SYS_execveat, [3, 0, 0, 0, c_long::from(libc::AT_EMPTY_PATH)])
+    }),
+    ("make memory to execute", Filter, || call(libc::SYS_memfd_create, [0; 5])),
+    ("fork", Filter, || call(libc::SYS_clone, [c_long::from(libc::SIGCHLD), 0, 0, 0, 0])),
+    ("vfork", Filter, || call(libc::SYS_vfork, [0; 5])),
+    ("be traced", Filter, || call(libc::SYS_ptrace, [0; 5])),
+    ("trace", Filter, || call(libc::SYS_ptrace, [16, 1, 0, 0, 0])),
+    ("read another's memory", Filter, || call(libc::SYS_process_vm_readv, [1, 0, 0, 0, 0])),
+    ("kill everybody", Filter, || call(libc::SYS_kill, [-1, 9, 0, 0, 0])),
+    // The process itself is the only one that it can name.
+    ("signal itself", Filter, || call(libc::SYS_kill, [1, 0, 0, 0, 0])),
+    ("kill an outside process", Elsewhere, || call(libc::SYS_tgkill, [2, 2, 9, 0, 0])),
+    ("open a process", Filter, || call(libc::SYS_pidfd_open, [1, 0, 0, 0, 0])),
+    ("mount", Filter, || call(libc::SYS_mount, [0; 5])),
+    ("mount anew", Filter, || call(libc::SYS_fsopen, [0; 5])),
+    ("change the root", Filter, || call(libc::SYS_chroot, [0; 5])),
+    ("unshare user", Filter, || call(libc::SYS_unshare, [c_long::from(libc::CLONE_NEWUSER), 0, 0, 0, 0])),
+    ("enter a namespace", Filter, || call(libc::SYS_setns, [3, 0, 0, 0, 0])),
+    ("bpf", Filter, || call(libc::SYS_bpf, [0; 5])),
+    ("io_uring", Filter, || call(libc::SYS_io_uring_setup, [1, 0, 0, 0, 0])),
+    ("userfaultfd", Filter, || call(libc::SYS_userfaultfd, [0; 5])),
+    ("perf", Filter, || call(libc::SYS_perf_event_open, [0; 5])),
+    ("keyctl", Filter, || call(libc::SYS_keyctl, [0; 5])),
+    ("another filter", Filter, || call(libc::SYS_seccomp, [1, 8, 0, 0, 0])),
+    ("become dumpable", Filter, || call(libc::SYS_prctl, [c_long::from(libc::PR_SET_DUMPABLE), 1, 0, 0, 0])),
+    ("ioctl of KVM", Filter, || call(libc::SYS_ioctl, [6, 0xae00, 0, 0, 0])),
+    ("push a terminal's input", Filter, || call(libc::SYS_ioctl, [0, 0x5412, 0, 0, 0])),
+    ("change the clock", Filter, || call(libc::SYS_clock_settime, [0; 5])),
+    ("load a module", Filter, || call(libc::SYS_finit_module, [3, 0, 0, 0, 0])),
 ];
 
 /// Tries everything; one line for each attempt.
 pub(crate) fn attempts() -> Vec<String> {
-    let answer = |(name, attempt): &Attempt| match attempt() {
-        result if result < 0 => format!("refused: {name}: {}", io::Error::last_os_error()),
+    let answer = |(name, refusal, attempt): &Attempt| match attempt() {
+        result if result < 0 => {
+            let error = io::Error::last_os_error();
+            let expected = error.raw_os_error().is_some_and(|errno| refusal.is(errno));
+            format!("{}: {name}: {error}", if expected { "refused" } else { "FAILED OTHERWISE" })
+        }
         result => format!("PASSED: {name}: {result}"),
     };
     ATTEMPTS.iter().map(answer).collect()
+}
+
+/// Sends to the abstract name and to the file by the uplink's socket; how that was answered.
+pub(crate) fn send_away(abstract_name: &str, file: &str) -> Vec<String> {
+    let addresses = [
+        rustix::net::SocketAddrUnix::new_abstract_name(abstract_name.as_bytes()).unwrap(),
+        rustix::net::SocketAddrUnix::new(file).unwrap(),
+    ];
+    // SAFETY: kontord gave the uplink this number, and the stub holds it open as long as it lives.
+    let uplink = unsafe { std::os::fd::BorrowedFd::borrow_raw(9) };
+    let answer = |address| rustix::net::sendto(uplink, b"away", rustix::net::SendFlags::DONTWAIT, address);
+    addresses.iter().map(|address| format!("sent: {:?}", answer(address))).collect()
 }
 
 /// How many there are.

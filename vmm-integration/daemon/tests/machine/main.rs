@@ -73,6 +73,7 @@ fn main() -> ExitCode {
         machine_starts_again_after_a_stop,
         qemu_gets_its_descriptors_and_nothing_else,
         qemu_cannot_get_out_of_its_jail,
+        qemu_reaches_no_socket_of_the_host_by_its_uplink,
         jailed_processes_are_confined_and_stay_apart,
         garbage_of_the_guest_stops_it,
         garbage_on_the_uplink_stops_the_guest,
@@ -224,8 +225,39 @@ fn qemu_gets_its_descriptors_and_nothing_else() {
 fn qemu_cannot_get_out_of_its_jail() {
     let (world, _) = run("escape");
     let log = world.kontor(&["logs"]).out;
-    assert!(!log.contains("PASSED"), "{log}");
+    assert!(!log.contains("PASSED") && !log.contains("FAILED"), "{log}");
     assert_eq!(log.lines().filter(|line| line.starts_with("refused: ")).count(), escape::count(), "{log}");
+}
+
+fn qemu_reaches_no_socket_of_the_host_by_its_uplink() {
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, bind, recv, socket};
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("listening");
+    let name = format!("kontor-test-{}", std::process::id());
+    let addresses = [
+        SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap(),
+        SocketAddrUnix::new(file.as_path()).unwrap(),
+    ];
+    let listening = addresses.each_ref().map(|address| {
+        let listening = socket(AddressFamily::UNIX, SocketType::DGRAM, None).unwrap();
+        bind(&listening, address).unwrap();
+        listening
+    });
+    let heard = || listening.each_ref().map(|socket| recv(socket, &mut [0; 9], RecvFlags::DONTWAIT).is_ok());
+    // They hear whoever is let.
+    let other = socket(AddressFamily::UNIX, SocketType::DGRAM, None).unwrap();
+    for address in &addresses {
+        rustix::net::sendto(&other, b"here", SendFlags::empty(), address).unwrap();
+    }
+    assert_eq!(heard(), [true, true]);
+
+    for config in ["uplink = 'port'\n", "uplink = 'vfio'\n"] {
+        let scenario = format!("away:{name}:{}", file.display()).leak();
+        let (world, _) = run_with(&Setup { config, ..Setup::new(scenario) });
+        let log = world.kontor(&["logs"]).out;
+        assert_eq!(log.lines().filter(|line| line.starts_with("sent: ")).count(), 2, "{log}");
+        assert_eq!(heard(), [false, false], "{log}");
+    }
 }
 
 fn jailed_processes_are_confined_and_stay_apart() {

@@ -116,7 +116,8 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
         console: channel("console").unwrap(),
         control: channel("control").unwrap(),
         decoder: Decoder::new(MAX_FROM_HOST),
-        uplink: channel("uplink").unwrap(),
+        // A network device's is no stream; the scenarios of one do not read it.
+        uplink: channel("uplink").unwrap_or_else(|| UnixStream::from(inherited(9))),
         descriptors,
         arguments,
     };
@@ -133,6 +134,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
         }
         "inspect" => machine.inspect(),
         "escape" => machine.escape(),
+        away if away.starts_with("away:") => machine.send_away(away),
         "silent" | "deaf" => park(),
         "hello" => {
             machine.hello();
@@ -345,6 +347,15 @@ impl Machine {
             }
         }
         park()
+    }
+
+    /// Sends by the uplink to the abstract socket and the file that the scenario names.
+    fn send_away(mut self, scenario: &str) -> ! {
+        let [_, name, file] = scenario.split(':').collect::<Vec<_>>()[..] else { panic!("{scenario}") };
+        for line in escape::send_away(name, file) {
+            self.print(&line);
+        }
+        exit(0)
     }
 
     /// Prints what kontord gave this process.
