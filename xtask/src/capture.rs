@@ -6,6 +6,7 @@ use crate::{
     sys::{PacketRing, RETIRE_MS},
     world::{Host, OFFICE_ADDRESS, ROUTER_HARDWARE},
 };
+use memchr::memmem;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     pipe::PipeFlags,
@@ -189,7 +190,8 @@ fn describe(packet: &[u8]) -> Seen {
 
 /// Whether any packet holds `marker`.
 pub(crate) fn holds(packets: &[Packet], marker: &[u8]) -> bool {
-    packets.iter().any(|p| p.windows(marker.len()).any(|w| w == marker))
+    let finder = memmem::Finder::new(marker);
+    packets.iter().any(|packet| finder.find(packet).is_some())
 }
 
 #[cfg(test)]
