@@ -186,6 +186,8 @@ pub const QEMU_KVM_IOCTL: Line = (
             0x4188_aec6,
             0x41a0_ae8d,
             0x4400_ae8f,
+            // QEMU computes the numbers of XSAVE's: no search for constants finds them.
+            0x5000_aea5,
             0x8004_ae98,
             0x8008_ae9d,
             0x8010_aebb,
@@ -201,6 +203,8 @@ pub const QEMU_KVM_IOCTL: Line = (
             0x81a0_ae8c,
             0x8208_ae63,
             0x8400_ae8e,
+            0x9000_aea4,
+            0x9000_aecf,
             0x0000_ae00,
             0x0000_ae01,
             0x0000_ae03,

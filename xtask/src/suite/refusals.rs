@@ -12,6 +12,7 @@ use crate::{
     liar::unix_now,
     office::{CONTROL_PORT, DEVICE, LINE, Office, write},
     run::{self, Error, at, quietly},
+    scene::PATIENCE,
     world::{OFFICE_ADDRESS, Power, User},
 };
 use kontor_bundle::Bundle;
@@ -23,6 +24,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
+    time::Instant,
 };
 
 /// A PC with `kontord`'s files, on which nothing runs.
@@ -291,9 +293,10 @@ pub(super) fn expired(stage: &mut Stage) -> Outcome {
         }
         life_s *= 2;
     }
+    let limit = Instant::now() + PATIENCE;
     let refusal = loop {
         let output = stage.scene()?.home.install(&copy.repository).map_err(words)?;
-        if !output.status.success() {
+        if !output.status.success() || Instant::now() > limit {
             break output;
         }
         std::thread::sleep(LOOK_EVERY);

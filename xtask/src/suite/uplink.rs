@@ -84,7 +84,7 @@ fn killed_tunnel(stage: &mut Stage) -> Outcome {
     stopped(stage, "process-died", "").map(drop)
 }
 
-/// A socket of datagrams, as a `vfio` uplink is, does not show that its other end is gone; kontord sees it.
+/// The relay ends with the machine that it serves, whichever of the two sees it first.
 fn killed_qemu(stage: &mut Stage) -> Outcome {
     const AT_ONCE: Duration = Duration::from_secs(3);
     starts(stage)?;

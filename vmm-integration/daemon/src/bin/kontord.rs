@@ -36,9 +36,6 @@ enum Command {
         /// Run as the employee, for development: the keys are then no safer than the employee's files
         #[arg(long)]
         user: bool,
-        /// How the work VM's frames reach the relay
-        #[arg(long, value_enum, default_value_t = Uplink::Port)]
-        uplink: Uplink,
     },
     /// Print this host's public key for the device, making the key first where there is none
     HostKey {
@@ -67,13 +64,6 @@ enum Command {
         #[arg(long, value_name = "DIR_OR_URL")]
         repo: String,
     },
-}
-
-/// The backends of the uplink that this version has.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Uplink {
-    /// By a virtio-serial port
-    Port,
 }
 
 #[derive(Debug, Args)]
@@ -134,7 +124,7 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<(), Error> {
     match command {
-        Command::Run { common, user, uplink: Uplink::Port } => run(&common, user),
+        Command::Run { common, user } => run(&common, user),
         Command::HostKey { common } => {
             let (_, store) = open(&common)?;
             say(&store.make_host_key()?.public().to_string())

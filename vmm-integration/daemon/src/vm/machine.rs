@@ -275,7 +275,8 @@ async fn watch_qemu(
 }
 
 /// Why a jailer did not start QEMU.
-async fn no_jail(mut child: Jailed, program: PathBuf) -> VmError {
+/// What kept the jail from being made.
+pub(super) async fn no_jail(mut child: Jailed, program: PathBuf) -> VmError {
     child.kill();
     let words = match child.take_words() {
         Some(stderr) => last_words(stderr, "jail").await,

@@ -2,7 +2,10 @@
 //! themselves as a rule, on which it opens and a stock kernel hangs. So the release's own kernel and
 //! initrd are started under KVM without a disk, and `kontor-init` has to say that there is none.
 
-use super::{VmError, machine::pair};
+use super::{
+    VmError,
+    machine::{no_jail, pair},
+};
 use crate::{
     control_group::Delegated,
     host::{Accelerator, Trial},
@@ -63,6 +66,8 @@ pub(crate) async fn kvm_runs_a_guest(
     let group = machine.group(delegated);
     let mut child = qemu::start(jailer, program, &machine, group, inherited)
         .map_err(|source| VmError::Qemu { program: program.into(), source })?;
+    // No verdict on KVM, where the jail could not be made.
+    let Some(_) = child.entered().await else { return Err(no_jail(child, program.into()).await) };
     let trial = match timeout(ANSWER, says_no_disk(control)).await {
         Ok(Ok(true)) => Trial::Works,
         Ok(Ok(false) | Err(_)) => Trial::Fails,
