@@ -8,10 +8,11 @@ use super::{
 };
 use crate::{
     office::Office,
-    run::{Error, Result, at, quietly, text},
+    run::{Error, Result, at, os, quietly, text},
     world::User,
 };
 use libtest_mimic::Failed;
+use rustix::mount::{MountFlags, mount_remount};
 use std::{
     fs::{self, File},
     io::{ErrorKind, Write},
@@ -41,7 +42,9 @@ impl Disk {
     }
 
     fn resize(&self, size: &str) -> Result<()> {
-        quietly(Command::new("mount").args(["-o", &format!("remount,size={size}")]).arg(&self.0)).map(drop)
+        // Not by mount(8), which repeats the options of before: `uid` among them is one that this namespace does not know.
+        mount_remount(&self.0, MountFlags::empty(), format!("size={size}"))
+            .map_err(os("resize a file system"))
     }
 
     /// Takes all the room there is; it is free again when the returned file is removed.
