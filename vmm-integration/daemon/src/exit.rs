@@ -1,8 +1,8 @@
 //! Exit codes of `kontor` and `kontord`.
 
+pub use kontor_jail::chain;
 use kontor_wire::reason::StopReason;
 use serde::{Deserialize, Serialize};
-use std::error::Error;
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,19 +87,6 @@ impl From<StopReason> for Exit {
             | StopReason::Silent => Self::Failed,
         }
     }
-}
-
-/// An error with all its causes, as one line.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        words.push_str(": ");
-        words.push_str(&next.to_string());
-        cause = next.source();
-    }
-    words
 }
 
 #[cfg(test)]

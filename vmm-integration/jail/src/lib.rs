@@ -48,6 +48,19 @@ impl JailError {
     }
 }
 
+/// An error with all its causes, as one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        words.push_str(": ");
+        words.push_str(&next.to_string());
+        cause = next.source();
+    }
+    words
+}
+
 /// Takes from the calling process, which has one thread, all but its open descriptors: no file, no
 /// program, no TCP port, no other process, and no descriptor from number `files` on. For the relay, once it has everything that it works with.
 ///

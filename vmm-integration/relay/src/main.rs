@@ -34,13 +34,7 @@ fn main() -> ExitCode {
         Ok(End::Shutdown | End::UplinkClosed) => ExitCode::SUCCESS,
         Ok(End::Garbage) => ExitCode::from(NOT_VERIFIED),
         Err(error) => {
-            let mut words = error.to_string();
-            let mut cause = error.source();
-            while let Some(next) = cause {
-                words = format!("{words}: {next}");
-                cause = next.source();
-            }
-            eprintln!("kontor-relay: {words}");
+            eprintln!("kontor-relay: {}", kontor_jail::chain(&*error));
             ExitCode::from(FAILED)
         }
     }

@@ -5,7 +5,7 @@ use crate::{
     layout::{Bind, LIBRARIES, Layout, MODULES},
 };
 use kontor_jail::{
-    JailError, drop_capabilities, restrict,
+    JailError, chain, drop_capabilities, restrict,
     seccomp::{self, Filter, Line},
     sys::{self, Exec, Tight},
 };
@@ -22,7 +22,6 @@ use rustix::{
 };
 use std::{
     convert::Infallible,
-    error::Error,
     ffi::{CString, OsStr},
     fs, io,
     os::unix::ffi::OsStrExt,
@@ -43,13 +42,7 @@ pub(crate) fn enter(task: &Task, layout: &Layout, parent: &OwnedFd, tell: &Owned
         Err(Stop::Done) => std::process::exit(0),
         Err(Stop::Failed(error)) => error,
     };
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        words = format!("{words}: {next}");
-        cause = next.source();
-    }
-    let _ = rustix::io::write(tell, words.as_bytes());
+    let _ = rustix::io::write(tell, chain(&error).as_bytes());
     std::process::exit(1)
 }
 

@@ -9,7 +9,7 @@ mod inside;
 mod layout;
 
 use arguments::{Arguments, Task};
-use kontor_jail::{JailError, drop_capabilities, sys};
+use kontor_jail::{JailError, chain, drop_capabilities, sys};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     fd::{AsRawFd, OwnedFd},
@@ -23,7 +23,6 @@ use rustix::{
     thread::{UnshareFlags, set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 use std::{
-    error::Error,
     fs,
     io::{self, Read},
     os::unix::fs::MetadataExt,
@@ -44,13 +43,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            let mut words = error.to_string();
-            let mut cause = error.source();
-            while let Some(next) = cause {
-                words = format!("{words}: {next}");
-                cause = next.source();
-            }
-            eprintln!("kontor-jail: {words}");
+            eprintln!("kontor-jail: {}", chain(&error));
             ExitCode::from(NO_JAIL)
         }
     }
