@@ -13,6 +13,7 @@ mod demo;
 mod fresh;
 mod leaks;
 mod liar;
+mod manual;
 mod numeric;
 mod office;
 mod packages;

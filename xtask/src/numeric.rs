@@ -10,6 +10,7 @@
 //!   /root/checkout          root       the same files, owned by the numeric uid (an idmapped mount)
 //!   /root/.cargo            root       likewise; its programs read-only, like the toolchains
 //!   /etc/passwd             root       a copy with one line more
+//!   /etc/subuid         missing        shown by an overlay over /etc, with that line
 //!   /dev/kvm           0600 root       a node of the same device, for everybody
 //! ```
 //!
@@ -31,12 +32,13 @@ use rustix::{
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     env,
-    ffi::OsString,
+    ffi::{CString, OsString},
     fs,
     io::{BufRead, BufReader},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{
+            ffi::OsStringExt,
             fs::{MetadataExt, PermissionsExt},
             process::CommandExt,
         },
@@ -155,17 +157,21 @@ fn attach(Prepared { id, trees }: Prepared) -> Result<()> {
 fn place_files(own: &Path, id: u32) -> Result<()> {
     let home = env::var("HOME").unwrap_or_else(|_| "/".into());
     let (first, count) = (id + SUBORDINATE, BLOCK - SUBORDINATE);
-    for (file, line) in [
+    let lines = [
         ("/etc/passwd", format!("kontor-{id}:x:{id}:{id}::{home}:/bin/sh\n")),
         ("/etc/group", format!("kontor-{id}:x:{id}:\n")),
         ("/etc/subuid", format!("kontor-{id}:{first}:{count}\n")),
         ("/etc/subgid", format!("kontor-{id}:{first}:{count}\n")),
-    ] {
+    ];
+    // A machine on which no account ever had subordinate ids may lack the last two.
+    let missing: Vec<&str> = lines.iter().filter_map(|(file, _)| file.strip_prefix("/etc/")).collect();
+    let missing: Vec<&str> =
+        missing.into_iter().filter(|name| !Path::new("/etc").join(name).exists()).collect();
+    if !missing.is_empty() {
+        add_files(own, Path::new("/etc"), &missing)?;
+    }
+    for (file, line) in lines {
         let file = Path::new(file);
-        if !file.exists() {
-            // As useradd would, and only where no account has such a range.
-            fs::write(file, b"").map_err(at("create", file))?;
-        }
         let mut text = fs::read_to_string(file).map_err(at("read", file))?;
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
@@ -183,6 +189,66 @@ fn place_files(own: &Path, id: u32) -> Result<()> {
         bind(&node, device)?;
     }
     Ok(())
+}
+
+/// Shows empty files called `missing` in `directory`, on which nothing is written: an overlay whose upper layer lies
+/// in `own`. What is mounted below `directory`, such as a container's `resolv.conf`, stays in sight.
+fn add_files(own: &Path, directory: &Path, missing: &[&str]) -> Result<()> {
+    let [upper, work] = ["upper", "work"].map(|name| own.join(name));
+    for layer in [&upper, &work] {
+        fs::create_dir(layer).map_err(at("create", layer))?;
+    }
+    let mode = directory.metadata().map_err(at("look at", directory))?.permissions();
+    fs::set_permissions(&upper, mode).map_err(at("set the mode of", &upper))?;
+    for name in missing {
+        let file = upper.join(name);
+        fs::write(&file, b"").map_err(at("create", &file))?;
+    }
+    let table = Path::new("/proc/self/mountinfo");
+    let table = fs::read(table).map_err(at("read", table))?;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let mut kept = Vec::new();
+    for path in mounted_below(&table, directory) {
+        let tree = open_tree(CWD, &path, flags).map_err(|e| at("open the tree of", &path)(e.into()))?;
+        kept.push((path, tree));
+    }
+    let layers =
+        format!("lowerdir={},upperdir={},workdir={}", directory.display(), upper.display(), work.display());
+    let layers = CString::new(layers).map_err(|e| at("name", own)(e.into()))?;
+    mount("overlay", directory, "overlay", MountFlags::empty(), layers.as_c_str())
+        .map_err(|e| at("mount an overlay over", directory)(e.into()))?;
+    for (path, tree) in kept {
+        move_mount(tree, c"", CWD, &path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(|e| at("mount", &path)(e.into()))?;
+    }
+    Ok(())
+}
+
+/// The places below `directory` where something is mounted, without those that lie below another of them.
+/// `table` is of the form of `/proc/self/mountinfo` (proc(5)).
+fn mounted_below(table: &[u8], directory: &Path) -> BTreeSet<PathBuf> {
+    let points = table.split(|byte| *byte == b'\n').filter_map(|line| {
+        let point = line.split(|byte| *byte == b' ').nth(4)?;
+        Some(PathBuf::from(OsString::from_vec(unescaped(point))))
+    });
+    let below: BTreeSet<PathBuf> =
+        points.filter(|point| point.starts_with(directory) && point != directory).collect();
+    let outermost = |point: &&PathBuf| !point.ancestors().skip(1).any(|above| below.contains(above));
+    below.iter().filter(outermost).cloned().collect()
+}
+
+/// Bytes in which a space, a tab, a line's end and a backslash are three octal digits behind a backslash.
+fn unescaped(text: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut rest = text;
+    while let Some((first, behind)) = rest.split_first() {
+        let octal = (*first == b'\\').then(|| behind.get(..3)).flatten();
+        let octal = octal.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(octal.unwrap_or(*first));
+        rest = if octal.is_some() { &behind[3..] } else { behind };
+    }
+    bytes
 }
 
 fn bind(from: &Path, to: &Path) -> Result<()> {
@@ -302,6 +368,54 @@ mod tests {
     fn nothing_is_found_where_everything_is_taken() {
         let all = format!("anna:{FIRST}:{}\n", u64::from(END - FIRST));
         assert_eq!(found(&[], &[&all]), None);
+    }
+
+    /// Set for the process that has mounts of its own.
+    const INSIDE: &str = "KONTOR_TEST_OF_ADDED_FILES";
+
+    #[test]
+    fn added_files_are_seen_by_this_process_alone_and_what_is_mounted_there_stays() {
+        let test =
+            "numeric::tests::added_files_are_seen_by_this_process_alone_and_what_is_mounted_there_stays";
+        let Some(dir) = env::var_os(INSIDE) else {
+            let dir = tempfile::tempdir().unwrap();
+            for name in ["own", "etc", "etc/inner dir"] {
+                fs::create_dir(dir.path().join(name)).unwrap();
+            }
+            fs::write(dir.path().join("etc/there"), "kept").unwrap();
+            let mut command = Command::new("unshare");
+            command.args(["--user", "--map-root-user", "--mount", "--"]).arg(env::current_exe().unwrap());
+            let output = command.args(["--exact", test]).env(INSIDE, dir.path()).output().unwrap();
+            let words = [output.stdout, output.stderr].concat();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&words));
+            let outside: Vec<_> = fs::read_dir(dir.path().join("etc")).unwrap().collect();
+            assert_eq!(outside.len(), 2, "{outside:?}");
+            return;
+        };
+        let [own, etc] = ["own", "etc"].map(|name| Path::new(&dir).join(name));
+        for path in [&own, &etc.join("inner dir")] {
+            mount("tmpfs", path, "tmpfs", MountFlags::empty(), c"mode=755").unwrap();
+        }
+        fs::write(etc.join("inner dir/file"), "mounted").unwrap();
+        add_files(&own, &etc, &["subuid", "subgid"]).unwrap();
+        let read = |name: &str| fs::read_to_string(etc.join(name)).unwrap();
+        assert_eq!(["subuid", "subgid", "there", "inner dir/file"].map(read), ["", "", "kept", "mounted"]);
+        unmount(&own, UnmountFlags::DETACH).unwrap();
+        assert_eq!(["subuid", "there"].map(read), ["", "kept"]);
+    }
+
+    #[test]
+    fn places_with_mounts_are_found_below_a_directory() {
+        let table = b"21 1 0:19 / / rw - ext4 /dev/vda rw\n\
+            22 21 0:20 / /etc/a\\040b rw - tmpfs tmpfs rw\n\
+            23 22 0:21 / /etc/a\\040b/c rw - tmpfs tmpfs rw\n\
+            24 21 0:22 / /etc rw - tmpfs tmpfs rw\n\
+            25 21 0:23 / /etcetera rw - tmpfs tmpfs rw\n\
+            26 24 0:24 / /etc/d\\134 rw - tmpfs tmpfs rw\n\
+            broken\n";
+        let found = mounted_below(table, Path::new("/etc"));
+        assert_eq!(found.into_iter().collect::<Vec<_>>(), ["/etc/a b", "/etc/d\\"].map(PathBuf::from));
+        assert_eq!(unescaped(b"\\04\\999\\"), b"\\04\\999\\");
     }
 
     #[test]

@@ -141,8 +141,8 @@ pub(crate) fn leave_mount_namespace() -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }?)
 }
 
-/// Shows the files of a mount, and of those below it, that is at no place yet under the owners that the maps of the user namespace
-/// `map` say: what they map from on disk, what they map to in the mount (mount_setattr(2)).
+/// Shows the files of a mount, and of those below it, that is at no place yet under the owners that the maps of
+/// the user namespace `map` say: what they map from on disk, what they map to in the mount (mount_setattr(2)).
 pub(crate) fn map_mount(mount: &OwnedFd, map: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP | if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 },

@@ -3,7 +3,7 @@
 use crate::{
     build::{self, Backend, Plan},
     clean::{self, End},
-    packages, reproducible,
+    manual, packages, reproducible,
     run::{self, Error, Result},
     world,
 };
@@ -43,6 +43,7 @@ const STAGES: &[Stage] = &[
     ("units", units),
     ("simulator", simulator),
     ("programs", programs),
+    ("manual", manual),
     ("image", image),
     ("reproducible", reproducible),
     ("vm", vm),
@@ -185,6 +186,11 @@ fn simulator(_: &mut Context) -> Result<Counts> {
 fn programs(context: &mut Context) -> Result<Counts> {
     context.bin = Some(build::programs()?);
     Ok(Counts::one())
+}
+
+fn manual(context: &mut Context) -> Result<Counts> {
+    let passed = manual::check(&context.bin()?)?;
+    Ok(Counts { passed, ..Counts::default() })
 }
 
 fn image(context: &mut Context) -> Result<Counts> {

@@ -1,5 +1,5 @@
-//! The `unsafe` of the guest but for the uplink's device ([`crate::vfio`]): the few system calls that neither the standard library nor rustix
-//! offers in a safe form. Nothing here decides anything.
+//! The `unsafe` of the guest but for the uplink's device ([`crate::vfio`]): the few system calls that neither
+//! the standard library nor rustix offers in a safe form. Nothing here decides anything.
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};

@@ -39,6 +39,7 @@ mod verity;
 
 use clap::{Args, Parser, Subcommand};
 use exit::Exit;
+use kontor_manual::Section;
 use kontor_trust::PublicKey;
 use profile::{Profile, Source};
 use progress::Progress;
@@ -330,7 +331,8 @@ impl Failure {
 fn main() -> ExitCode {
     // The modes of everything made here are the image's business, not the caller's.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    let exit = match run(Cli::parse().verb) {
+    let cli: Cli = kontor_manual::parse(env!("CARGO_BIN_NAME"), Section::Commands);
+    let exit = match run(cli.verb) {
         Ok(exit) => exit,
         Err(failure) => {
             report(&failure);

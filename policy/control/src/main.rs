@@ -24,6 +24,7 @@ mod serve;
 mod store;
 
 use clap::{Parser, Subcommand};
+use kontor_manual::Section;
 use std::{error::Error, panic::catch_unwind, path::PathBuf, process::ExitCode};
 use tracing_subscriber::EnvFilter;
 
@@ -65,7 +66,8 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .without_time()
         .init();
-    let Verb::Serve { dir } = Arguments::parse().verb;
+    let arguments: Arguments = kontor_manual::parse(env!("CARGO_BIN_NAME"), Section::Services);
+    let Verb::Serve { dir } = arguments.verb;
     // A panic has printed itself by then; only its exit code is ours to choose.
     match catch_unwind(|| serve::run(&dir)) {
         Ok(Ok(())) => ExitCode::SUCCESS,

@@ -18,6 +18,7 @@ mod keydir;
 mod keyset;
 
 use clap::{Parser, Subcommand};
+use kontor_manual::Section;
 use std::{
     error::Error,
     fmt::Display,
@@ -92,7 +93,7 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
-    let Arguments { noun } = Arguments::parse();
+    let Arguments { noun } = kontor_manual::parse(env!("CARGO_BIN_NAME"), Section::Commands);
     let run = || match noun {
         Noun::Keyset(verb) => verb.run(),
         Noun::Device(verb) => verb.run(),

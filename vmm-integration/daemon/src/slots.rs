@@ -3,9 +3,10 @@
 //! Installing fetches a release into `A.new`, hashing what was written, and exchanges it with `A` once
 //! everything is flushed: a crash or a full disk leaves the old release or the new one. The slot keeps the
 //! repository's metadata in `tuf`, as received. A start verifies again, from the pinned root on: every
-//! signature and hash down to the manifest, without a network, and whatever the clock says. Then kernel and initrd are copied into memory files that are sealed first and hashed then, so that what was
-//! hashed is what QEMU reads. The root image was hashed at installing; while the guest runs dm-verity
-//! checks it block by block against the root hash on the verified command line.
+//! signature and hash down to the manifest, without a network, and whatever the clock says. Then kernel and
+//! initrd are copied into memory files that are sealed first and hashed then, so that what was hashed is what
+//! QEMU reads. The root image was hashed at installing; while the guest runs dm-verity checks it block by block
+//! against the root hash on the verified command line.
 
 use crate::{
     exit::Exit,

@@ -62,7 +62,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Takes from the calling process, which has one thread, all but its open descriptors: no file, no
-/// program, no TCP port, no other process, and no descriptor from number `files` on. For the relay, once it has everything that it works with.
+/// program, no TCP port, no other process, and no descriptor from number `files` on. For the relay, once it has
+/// everything that it works with.
 ///
 /// # Errors
 /// [`JailError`] names what the kernel refused; the process must then not go on.

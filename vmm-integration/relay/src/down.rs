@@ -1,5 +1,5 @@
-//! From the gateways to the guest: what comes at once goes in trains, where it fits together. A buffer of [`BUFFER_MAX`] bytes; what does not fit is dropped, as
-//! any router would.
+//! From the gateways to the guest: what comes at once goes in trains, where it fits together. A buffer of
+//! [`BUFFER_MAX`] bytes; what does not fit is dropped, as any router would.
 
 use crate::{
     gateways::Table,

@@ -1,6 +1,7 @@
 //! `kontor-relay --uplink 3 --control 4 --udp4 5 [--udp6 6]`: each number is a descriptor that kontord
-//! handed over. What kind of socket the uplink is, stream or packets, says the socket. Ends with 0 when it was told to or the virtual machine is gone, 3 when the guest broke
-//! the rules of the uplink, 2 on a wrong command line, 1 on anything else.
+//! handed over. What kind of socket the uplink is, stream or packets, says the socket. Ends with 0 when it was
+//! told to or the virtual machine is gone, 3 when the guest broke the rules of the uplink, 2 on a wrong command
+//! line, 1 on anything else.
 
 use kontor_relay::{End, Limits, Relay, Uplink, Wires};
 use rustix::{

@@ -34,6 +34,7 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use kontor_manual::Section;
 use kontor_trust::MAX_ENVELOPE;
 use kontor_vpn::{PublicKey, Tunnel};
 use rustix::event::EventfdFlags;
@@ -129,7 +130,7 @@ impl RunError {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments: Arguments = kontor_manual::parse(env!("CARGO_BIN_NAME"), Section::Services);
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LOG_DEFAULT));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
     let result = match arguments.command {

@@ -7,8 +7,8 @@
 //!
 //! Who speaks is known by the address that a connection comes from: the tunnel lets no peer send from another's,
 //! and answers to a pool's address go nowhere but into its peer's tunnel. What is said is not trusted: one frame
-//! of a few bytes, [`PATIENCE`], [`PER_PEER_MAX`] connections of one address and [`CONNECTIONS_MAX`] of all; whoever comes
-//! on top of that is hung up on. Nothing here blocks but the wait for the next event.
+//! of a few bytes, [`PATIENCE`], [`PER_PEER_MAX`] connections of one address and [`CONNECTIONS_MAX`] of all;
+//! whoever comes on top of that is hung up on. Nothing here blocks but the wait for the next event.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};

@@ -2,7 +2,8 @@
 //!
 //! The `ioctl` for it leaves an address *tentative* until a worker of the kernel has looked for duplicates, also on an
 //! interface without neighbours; until then nothing can be bound to it or sent from it. Only rtnetlink can say
-//! that there is nothing to look for. One request, one answer (`linux/netlink.h`, `linux/if_addr.h`), all in host order:
+//! that there is nothing to look for. One request, one answer (`linux/netlink.h`, `linux/if_addr.h`), all in
+//! host order:
 //!
 //! ```text
 //!  0..4   length, 52            16      family          24..28  length and type of IFA_LOCAL

@@ -4,7 +4,10 @@
 //! The office, kontord and the relay are real ([`crate::scene`]). For the other boot QEMU's own command line is
 //! read from the running process and used again, each descriptor in it made anew, with another initrd.
 
-use super::{Accel, Choice, Pieces, Setting, Spread, boot, publish, vm::cpu_s};
+use super::{
+    Accel, Choice, Pieces, Setting, Spread, boot, publish,
+    vm::{cpu_s, device_pair},
+};
 use crate::{
     build::{self, Backend, Plan},
     demo, packages,
@@ -20,10 +23,7 @@ use std::{
     fmt::Write,
     fs::{self, File},
     io::{self, BufRead, BufReader},
-    os::{
-        fd::OwnedFd,
-        unix::net::{UnixDatagram, UnixStream},
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
@@ -226,7 +226,7 @@ enum Kind {
     Initrd,
     Root,
     Stream,
-    Datagrams,
+    Device,
     Console,
 }
 
@@ -245,7 +245,7 @@ fn descriptors(line: &[String]) -> Vec<(i32, Kind)> {
                 "-add-fd" => (number(value, "fd=")?, Kind::Root),
                 "-chardev" if value.contains("id=console,") => (number(value, ",fd=")?, Kind::Console),
                 "-chardev" => (number(value, ",fd=")?, Kind::Stream),
-                "-netdev" => (number(value, "local.str=")?, Kind::Datagrams),
+                "-netdev" => (number(value, "local.str=")?, Kind::Device),
                 _ => return None,
             })
         })
@@ -267,10 +267,10 @@ fn empty(line: &[String], pieces: &Pieces, image: &Path) -> Result<Empty> {
             Kind::Kernel => file(&pieces.kernel)?,
             Kind::Initrd => file(&pieces.empty)?,
             Kind::Root => file(&image.join("root.img"))?,
-            Kind::Datagrams => {
-                let (ours, theirs) = UnixDatagram::pair().map_err(failed)?;
+            Kind::Device => {
+                let (ours, theirs) = device_pair().map_err(failed)?;
                 ends.push(ours.into());
-                theirs.into()
+                theirs
             }
             Kind::Stream => {
                 let (ours, theirs) = UnixStream::pair().map_err(failed)?;
@@ -359,7 +359,7 @@ mod tests {
             [
                 (3, Kind::Kernel),
                 (4, Kind::Initrd),
-                (9, Kind::Datagrams),
+                (9, Kind::Device),
                 (5, Kind::Root),
                 (6, Kind::Console),
                 (7, Kind::Stream)

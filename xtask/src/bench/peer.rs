@@ -68,6 +68,10 @@ fn failed(source: io::Error) -> Error {
     Error::Start("use the uplink".into(), source)
 }
 
+fn closed() -> Error {
+    Error::Unexpected("the guest's uplink is closed".into())
+}
+
 impl Peer {
     pub(super) fn new(way: Way, end: End) -> Result<Self> {
         let carrier = match (way, end) {
@@ -75,7 +79,7 @@ impl Peer {
                 stream.set_nonblocking(true).map_err(failed)?;
                 Carrier::Port(stream, PortDecoder::new())
             }
-            (way, End::Datagrams(socket)) => {
+            (way, End::Device(socket)) => {
                 socket.set_nonblocking(true).map_err(failed)?;
                 if way == Way::Vfio {
                     Carrier::Device(socket)
@@ -187,7 +191,7 @@ impl Peer {
         };
         match &mut self.carrier {
             Carrier::Port(stream, decoder) => match stream.read(decoder.space()) {
-                Ok(0) => Err(Error::Unexpected("the guest's uplink is closed".into())),
+                Ok(0) => Err(closed()),
                 Ok(length) => {
                     decoder.advance(length);
                     let rule = |error| Error::Unexpected(format!("the guest's frame: {error}"));
@@ -199,6 +203,7 @@ impl Peer {
                 Err(error) => idle(error),
             },
             Carrier::Device(socket) => match socket.recv(&mut self.buffer) {
+                Ok(0) => Err(closed()),
                 Ok(length) => {
                     // Before a guest drives its device, the kernel may have said something by it.
                     if let Ok(frame) = Frame::parse_ethernet(&self.buffer[..length], &GUEST_TO_RELAY) {
@@ -209,6 +214,7 @@ impl Peer {
                 Err(error) => idle(error),
             },
             Carrier::Kernel(socket, hardware) => match socket.recv(&mut self.buffer) {
+                Ok(0) => Err(closed()),
                 Ok(length) => {
                     let frame = &self.buffer[..length];
                     if let Some(payload) = udp_payload(frame) {
@@ -345,7 +351,7 @@ fn checksum(bytes: &[u8]) -> u16 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::vm::device_pair, *};
 
     #[test]
     fn packet_has_the_checksums_of_its_parts_and_is_read_back() {
@@ -371,6 +377,17 @@ mod tests {
             (&[0, 2][..], &HOST.octets()[..], &GUEST.octets()[..])
         );
         assert!(arp_answer(&question([192, 0, 2, 9])).is_none());
+    }
+
+    #[test]
+    fn device_whose_other_end_closed_is_said_to_be_closed() {
+        for way in [Way::Vfio, Way::Kernel] {
+            let (ours, theirs) = device_pair().unwrap();
+            let mut peer = Peer::new(way, End::Device(ours)).unwrap();
+            assert!(!peer.take().unwrap());
+            drop(theirs);
+            assert!(matches!(peer.take(), Err(Error::Unexpected(words)) if words.contains("closed")));
+        }
     }
 
     #[test]

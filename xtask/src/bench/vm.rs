@@ -5,6 +5,7 @@ use crate::run::{Error, Result};
 use command_fds::{CommandFdExt, FdMapping};
 use kontor_guest::bench::{EMPTY, FRAME_MAX, HERE, Order, PORT, ROLE, Report};
 use kontor_wire::{Decoder, encode};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read, Write},
@@ -60,7 +61,8 @@ impl Way {
 /// The host's end of the uplink.
 pub(super) enum End {
     Stream(UnixStream),
-    Datagrams(UnixDatagram),
+    /// Each packet is an Ethernet frame; an empty one says that QEMU closed its end.
+    Device(UnixDatagram),
 }
 
 /// A guest that awaits orders.
@@ -72,6 +74,12 @@ pub(super) struct Vm {
 
 fn failed(what: &str) -> impl FnOnce(io::Error) -> Error + '_ {
     move |source| Error::Start(what.to_owned(), source)
+}
+
+/// The host's and QEMU's end of a network device: SEQPACKET, as kontord makes it.
+pub(super) fn device_pair() -> io::Result<(UnixDatagram, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    Ok((ours.into(), theirs))
 }
 
 /// QEMU's arguments but for kernel, initrd and channels.
@@ -102,9 +110,7 @@ impl Vm {
             let (orders, orders_theirs) = UnixStream::pair()?;
             let (end, theirs) = match way {
                 Way::Port => UnixStream::pair().map(|(ours, theirs)| (End::Stream(ours), theirs.into()))?,
-                Way::Kernel | Way::Vfio => {
-                    UnixDatagram::pair().map(|(ours, theirs)| (End::Datagrams(ours), theirs.into()))?
-                }
+                Way::Kernel | Way::Vfio => device_pair().map(|(ours, theirs)| (End::Device(ours), theirs))?,
             };
             orders.set_read_timeout(Some(PATIENCE))?;
             Ok((orders, orders_theirs.into(), end, theirs))

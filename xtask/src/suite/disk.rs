@@ -42,7 +42,8 @@ impl Disk {
     }
 
     fn resize(&self, size: &str) -> Result<()> {
-        // Not by mount(8), which repeats the options of before: `uid` among them is one that this namespace does not know.
+        // Not by mount(8), which repeats the options of before: `uid` among them is one that this namespace
+        // does not know.
         mount_remount(&self.0, MountFlags::empty(), format!("size={size}"))
             .map_err(os("resize a file system"))
     }

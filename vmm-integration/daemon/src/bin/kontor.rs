@@ -6,6 +6,7 @@ use kontor_daemon::{
     status::{State, Status},
     verbs::{Answer, Done, MAX_ANSWER, Request},
 };
+use kontor_manual::Section;
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
@@ -77,7 +78,7 @@ impl Error {
 }
 
 fn main() -> ExitCode {
-    let Cli { socket, command } = Cli::parse();
+    let Cli { socket, command } = kontor_manual::parse(env!("CARGO_BIN_NAME"), Section::Commands);
     let socket = socket.or_else(|| std::env::var_os("KONTOR_SOCKET").map(PathBuf::from));
     match run(command, &socket.unwrap_or_else(|| SOCKET.into())) {
         Ok(exit) => exit.into(),

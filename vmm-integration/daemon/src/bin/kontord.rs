@@ -10,6 +10,7 @@ use kontor_daemon::{
     store::{Store, StoreError},
     verbs,
 };
+use kontor_manual::Section;
 use std::{
     fs, io,
     io::Write,
@@ -113,7 +114,8 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("KONTOR_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
-    match dispatch(Cli::parse().command) {
+    let cli: Cli = kontor_manual::parse(env!("CARGO_BIN_NAME"), Section::Services);
+    match dispatch(cli.command) {
         Ok(()) => Exit::Ok.into(),
         Err(error) => {
             tracing::error!("{}", chain(&error));

@@ -1,8 +1,8 @@
 //! `kontor-jail PROFILE --report FD --keep FD… --memory BYTES --files N -- PROGRAM ARGUMENT…` starts a program in a
 //! jail and ends as it ended. `kontor-jail check` says whether this host lets one be made.
 //!
-//! On the descriptor `--report` it says `PID\n` once the program runs; when that descriptor's other end closes, it ends the program. What goes
-//! wrong before is told on standard error with exit code 125.
+//! On the descriptor `--report` it says `PID\n` once the program runs; when that descriptor's other end closes,
+//! it ends the program. What goes wrong before is told on standard error with exit code 125.
 
 mod arguments;
 mod inside;
