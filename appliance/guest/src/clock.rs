@@ -35,43 +35,6 @@ impl Moment {
     }
 }
 
-/// How long the machine has slept since its kernel started: one clock goes on in a suspension, the other does
-/// not.
-pub(crate) fn slept() -> Duration {
-    let moment = |id| {
-        let time = clock_gettime(id);
-        let (seconds, nanos) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec));
-        Duration::new(seconds.unwrap_or(0), nanos.unwrap_or(0))
-    };
-    let awake = moment(ClockId::Monotonic);
-    moment(ClockId::Boottime).saturating_sub(awake)
-}
-
-/// Notices that the machine has slept.
-#[derive(Debug)]
-pub(crate) struct Sleep {
-    known: Duration,
-}
-
-/// Shorter than any sleep, longer than it takes to read two clocks.
-const SLEEP_MIN: Duration = Duration::from_secs(1);
-
-impl Sleep {
-    /// A machine that has slept for so long in all its life, which is known.
-    pub(crate) fn new(slept: Duration) -> Self {
-        Self { known: slept }
-    }
-
-    /// Whether it has slept since the last time that this was true.
-    pub(crate) fn notice(&mut self, slept: Duration) -> bool {
-        let new = slept >= self.known + SLEEP_MIN;
-        if new {
-            self.known = slept;
-        }
-        new
-    }
-}
-
 /// Time to wait as poll and epoll take it.
 pub(crate) fn timespec(span: Duration) -> Timespec {
     Timespec {
@@ -89,20 +52,6 @@ pub(crate) fn set_wall_clock(unix_s: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn each_sleep_is_noticed_once_and_the_reading_of_the_clocks_is_none() {
-        let seconds = Duration::from_secs;
-        let mut sleep = Sleep::new(seconds(100));
-        assert!(!sleep.notice(seconds(100)));
-        assert!(!sleep.notice(seconds(100) + SLEEP_MIN - Duration::from_nanos(1)));
-        assert!(sleep.notice(seconds(100) + SLEEP_MIN));
-        assert!(!sleep.notice(seconds(100) + SLEEP_MIN));
-        assert!(sleep.notice(seconds(5000)));
-        // Less than before is no sleep, whatever the host does to its clocks.
-        assert!(!sleep.notice(Duration::ZERO));
-        assert!(!Sleep::new(slept()).notice(slept()));
-    }
 
     #[test]
     fn moments_go_forward_and_never_below_zero() {

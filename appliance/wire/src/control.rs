@@ -11,7 +11,7 @@
 //!                              ◄─────────  Lease | Refused
 //!   State(Leased … Session)    ─────────►
 //!   Ready                      ─────────►
-//!                              ◄─────────  Nudge | PowerOff
+//!                              ◄─────────  Nudge | Woken | PowerOff
 //!   Stop(reason)               ─────────►      then the guest powers off
 //! ```
 //!
@@ -78,6 +78,9 @@ pub enum FromHost {
     Nudge,
     /// Power off in an orderly way.
     PowerOff,
+    /// The host has slept: drop every session of the tunnel, and send a new [`Challenge`] (`lease.md` 21). May come
+    /// at any time after `Hello`.
+    Woken,
 }
 
 /// One request for freshness: what the lease that answers it must name.

@@ -12,6 +12,7 @@ use crate::{
     office::HttpsOffice,
     qemu,
     session::{Stop, Times, Witness},
+    sleep::Sleep,
     slots::{self, Ready, SlotError},
     status::{Failure, State, Status, StopNote},
     store::{CutShort, Store, StoreError},
@@ -252,8 +253,9 @@ impl Daemon {
             running: Running::of(&plan.ready.manifest, plan.machine.accelerator),
             clock: unix_now,
         };
+        let sleep = Sleep::of_host().map_err(VmError::Channels)?;
         self.store.mark_running()?;
-        let ran = vm::run(plan, asker, started, commands, status).await;
+        let ran = vm::run(plan, asker, sleep, started, commands, status).await;
         // Nothing is awaited in between, so whoever is told of the end finds the mark gone.
         if let Err(error) = self.store.clear_running() {
             tracing::warn!(words = chain(&error), "the work VM's end is not taken note of");

@@ -4,7 +4,7 @@ use crate::{
     config::ConfigError,
     daemon::Daemon,
     exit::chain,
-    fetch::CLOCK_SLACK_S,
+    fetch::clock_is_not_behind,
     host::{Accelerator, KvmVerdict, Trial, unix_now},
     office::HttpsOffice,
     qemu::Backend,
@@ -180,8 +180,8 @@ fn on_disk(daemon: &Daemon, alive: bool) -> Vec<Check> {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         checks.push(found("memory", memory(&meminfo, records.bundle.settings.memory_mib)));
     }
-    let lease = store.memory().map(|memory| memory.issued_at).unwrap_or_default();
-    checks.push(found("clock", clock(unix_now(), lease)));
+    let built_at = release.as_ref().map_or(0, |manifest| manifest.image.built_at);
+    checks.push(found("clock", clock(unix_now(), built_at)));
     checks
 }
 
@@ -278,16 +278,10 @@ fn enough(what: &str, place: String, free: u64, needed: u64) -> Result<String, S
     }
 }
 
-/// Whether the clock is not behind what the office signed.
-fn clock(now: u64, lease: u64) -> Result<String, String> {
-    if now.saturating_add(CLOCK_SLACK_S) < lease {
-        let days = (lease - now) / 86_400;
-        Err(format!(
-            "it is {days} days behind the office's last lease; set it, or no update can be installed"
-        ))
-    } else {
-        Ok("it is not behind the office's last lease".to_owned())
-    }
+/// Whether a clock that says `now` lets a release be installed; one that was built at `built_at` is there.
+fn clock(now: u64, built_at: u64) -> Result<String, String> {
+    let behind = clock_is_not_behind(now, built_at).map_err(|error| chain(&error));
+    behind.map(|()| "it is not behind the installed release".to_owned())
 }
 
 #[cfg(test)]
@@ -354,6 +348,7 @@ mod tests {
 
     #[test]
     fn clock_may_be_two_days_behind() {
+        use crate::fetch::CLOCK_SLACK_S;
         assert!(clock(0, CLOCK_SLACK_S).is_ok());
         assert!(clock(0, CLOCK_SLACK_S + 1).unwrap_err().contains("2 days"));
         assert!(clock(u64::MAX, 1).is_ok());

@@ -7,12 +7,11 @@
 //!
 //! `tough` also remembers the latest time that it saw, and then refuses every earlier one: a PC whose clock
 //! once stood in the future would not update for years. That memory is thrown away before each use. In its
-//! place the clock must not be behind the last lease, which the office signed; an hour that a firmware
-//! clock in local time makes wrong is let pass.
+//! place the clock must not be behind the build of a release, which those vouch for who sign releases
+//! (decision 0015); an hour that a firmware clock in local time makes wrong is let pass.
 
 use crate::{
     exit::Exit,
-    host,
     slots::MANIFEST,
     store::{Store, StoreError, io_error, is_full},
 };
@@ -42,7 +41,7 @@ use url::Url;
 
 /// Most releases, one for each profile, that a repository may offer.
 const MAX_OFFERED: usize = 64;
-/// How far the clock may be behind the last lease: local time instead of UTC, and a day on top.
+/// How far the clock may be behind a release's build: local time instead of UTC, and a day on top.
 pub(crate) const CLOCK_SLACK_S: u64 = 2 * 86_400;
 /// `tough`'s memory of the latest time.
 const LATEST_TIME: &str = "latest_known_time.json";
@@ -65,13 +64,16 @@ pub enum FetchError {
         #[source]
         source: io::Error,
     },
-    /// The clock is behind the office's.
-    #[error("this PC's clock says {now} s after 1970, the last lease was issued at {lease} s; set the clock")]
+    /// The clock is behind what it cannot be behind.
+    #[error(
+        "this PC's clock is {} days behind the build of a release that is there; set it, or no update can be installed",
+        .built_at.saturating_sub(*.now) / 86_400
+    )]
     Clock {
-        /// The clock's.
+        /// The clock's time, in Unix seconds.
         now: u64,
-        /// The lease's.
-        lease: u64,
+        /// The release's.
+        built_at: u64,
     },
     /// `tough` refuses it. Its words contain their causes.
     #[error("fetch {what}: {error}")]
@@ -293,13 +295,18 @@ fn read(
     runtime.block_on(read).map_err(refused)
 }
 
+/// Checks that a clock that says `now` is not behind the build of a release, both in Unix seconds. By such a
+/// clock metadata that expired would still be fresh.
+pub(crate) fn clock_is_not_behind(now: u64, built_at: u64) -> Result<(), FetchError> {
+    if now.saturating_add(CLOCK_SLACK_S) < built_at {
+        Err(FetchError::Clock { now, built_at })
+    } else {
+        Ok(())
+    }
+}
+
 /// Makes `tough`'s memory ready, but for its memory of time.
 fn prepare(store: &Store) -> Result<PathBuf, FetchError> {
-    let now = host::unix_now();
-    let lease = store.memory()?.issued_at;
-    if now.saturating_add(CLOCK_SLACK_S) < lease {
-        return Err(FetchError::Clock { now, lease });
-    }
     let memory = store.fetched();
     let made = DirBuilder::new().recursive(true).mode(0o700).create(&memory);
     made.map_err(io_error("make the directory", &memory))?;

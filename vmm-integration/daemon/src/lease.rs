@@ -128,10 +128,11 @@ impl<O: LeaseSource> Asker<O> {
 
     fn accept(&self, request: &Verified<RequestKind>, parts: &Parts) -> Result<Checked, Rejected> {
         let floor = self.store.keyset()?;
-        let memory = self.store.memory()?.for_leases().as_of((self.clock)());
+        let now = (self.clock)();
+        let memory = self.store.memory()?.for_leases(now);
         let checked = for_host(&floor, parts, request, &memory)?;
         // Kept also when it forbids what runs: the next start is decided by it.
-        self.store.remember(&checked, &parts.keysets)?;
+        self.store.remember(&checked, &parts.keysets, now)?;
         self.running.allowed_by(&checked.bundle).map_err(Rejected::Forbidden)?;
         Ok(checked)
     }

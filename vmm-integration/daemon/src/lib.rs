@@ -9,6 +9,7 @@
 //!
 //! * [`session`] decides: one VM's life as a state machine over inputs and time, without any IO.
 //! * [`vm`] acts: processes, channels and clocks around that machine, one owner and one queue.
+//! * [`sleep`] notices that the host has slept, of which the guest is told.
 //! * `fetch` asks the release repository, under TUF.
 //! * [`slots`] and [`store`] keep what is on disk, and believe none of it without a check.
 //! * [`lease`] turns a guest's challenge into a signed request, and an answer into a checked lease.
@@ -37,6 +38,7 @@ pub mod qemu;
 mod qmp;
 mod relay;
 pub mod session;
+pub mod sleep;
 pub mod slots;
 pub mod status;
 pub mod store;

@@ -47,6 +47,8 @@ pub enum Input {
     RelayEnded(String),
     /// The answer to the last [`Action::Ask`].
     Office(Answer),
+    /// The host has slept, and is awake again.
+    Woken,
     /// Somebody wants the machine stopped.
     Stop,
     /// Somebody wants it gone now.
@@ -250,6 +252,7 @@ impl Session {
             | Input::Panicked(_)
             | Input::RelayEnded(_)
             | Input::Office(_)
+            | Input::Woken
             | Input::Stop
                 if self.stop.is_some() => {}
             Input::Guest(message) => self.handle_guest(message, now),
@@ -264,6 +267,9 @@ impl Session {
                 self.power_off(now);
             }
             Input::Office(answer) => self.handle_answer(answer, now),
+            // One that has not said hello has nothing yet that the sleep could have made stale.
+            Input::Woken if self.greeted => self.actions.push_back(Action::Tell(FromHost::Woken)),
+            Input::Woken => {}
             Input::Stop => {
                 self.decide(StopReason::Requested, Witness::Host, String::new());
                 self.power_off(now);

@@ -10,7 +10,8 @@
 
 use crate::{
     exit::Exit,
-    fetch::{FetchError, Offer, store_exit},
+    fetch::{FetchError, Offer, clock_is_not_behind, store_exit},
+    host::unix_now,
     store::{Store, StoreError, io_error, is_full, not_older, read, sync_parent},
 };
 use kontor_release::{Digest, MAX_MANIFEST, Manifest, ManifestError, Piece};
@@ -155,6 +156,9 @@ pub fn install(store: &Store, pin: &Digest, place: &str) -> Result<Manifest, Slo
     let known = metadata(&slot).map(|metadata| metadata.roots).unwrap_or_default();
     let offer = Offer::newest(store, pin, place, known)?;
     let manifest = parse(store, &offer.manifest_bytes)?;
+    // One that is damaged is about to be replaced, and says nothing.
+    let installed = describe(store, pin).map_or(0, |manifest| manifest.image.built_at);
+    clock_is_not_behind(unix_now(), manifest.image.built_at.max(installed))?;
     // So that an office whose control was stolen has another way to its PCs.
     let keysets = offer.keysets_after(store.memory()?.keyset_version)?;
     if !store.adopt(&keysets)? {

@@ -70,11 +70,12 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The part that leases are checked against.
+    /// What leases are checked against at `now` (Unix seconds, the host's own clock). The only measure that is
+    /// made of `issued_at`: see [`HostMemory::as_of`].
     #[must_use]
-    pub fn for_leases(self) -> HostMemory {
+    pub fn for_leases(self, now: u64) -> HostMemory {
         let Self { keyset_version, serial, revisions, issued_at, manifest_version: _ } = self;
-        HostMemory { keyset_version, serial, revisions, issued_at }
+        HostMemory { keyset_version, serial, revisions, issued_at }.as_of(now)
     }
 }
 
@@ -87,11 +88,11 @@ impl Memory {
 
     /// What is remembered once these count.
     fn after(self, keyset: &TrustedKeyset, device: &Device, bundle: &Bundle) -> Self {
-        let Self { keyset_version, mut revisions, issued_at, manifest_version, .. } = self;
+        let Self { keyset_version, serial, mut revisions, issued_at, manifest_version } = self;
         let known = revisions.entry(bundle.line.clone()).or_default();
         *known = bundle.revision.max(*known);
-        let keyset_version = keyset.version().max(keyset_version);
-        Self { keyset_version, serial: device.serial, revisions, issued_at, manifest_version }
+        let (keyset_version, serial) = (keyset.version().max(keyset_version), device.serial.max(serial));
+        Self { keyset_version, serial, revisions, issued_at, manifest_version }
     }
 }
 
@@ -405,7 +406,8 @@ impl Store {
         Ok(Records { keyset, device, bundle })
     }
 
-    /// Verifies and stores what a device needs before its first start.
+    /// Verifies and stores what a device needs before its first start. Where stored keysets were lost or damaged,
+    /// they are stored anew if all of them are given.
     ///
     /// # Errors
     /// [`StoreError`] when anything does not verify, or is older than what was seen before; then nothing
@@ -416,25 +418,24 @@ impl Store {
         untrusted_device: &[u8],
         untrusted_bundle: &[u8],
     ) -> Result<Records, StoreError> {
-        let host_key = self.host_key()?.public();
         let _lock = self.lock()?;
-        let Kept { seen, documents } = self.kept()?;
-        let (floor, links) = match self.keyset_up_to(seen.keyset_version) {
-            Ok(floor) => (floor, untrusted_keysets),
-            Err(error) if error.is_missing() => {
-                let (first, links) = untrusted_keysets.split_first().ok_or(error)?;
-                (TrustedKeyset::first(first, &self.tenant).map_err(keyset_error(1))?, links)
-            }
-            Err(error) => return Err(error),
+        let host_key = self.host_key()?.public();
+        let Kept { mut seen, documents } = self.kept()?;
+        let chain = match self.keyset_up_to(seen.keyset_version) {
+            Ok(floor) => chain(floor, untrusted_keysets)?,
+            Err(error) => self.chain_from_the_first(untrusted_keysets, seen.keyset_version, error)?,
         };
-        let chain = chain(floor, links)?;
         let keyset = newest(&chain).clone();
         let (verified_device, device) = self.check_device(&keyset, untrusted_device, &host_key)?;
-        // Of a host that was enrolled anew the numbers may begin again.
-        if let Some(stored) = documents
-            && let Ok((_, stored)) = self.check_device(&keyset, stored.device.as_bytes(), &host_key)
-        {
-            not_older("device record", device.serial, stored.serial)?;
+        let is_known = documents.is_some_and(|stored| {
+            let stored = stored.device.as_bytes();
+            chain.iter().any(|keyset| self.check_device(keyset, stored, &host_key).is_ok())
+        });
+        if is_known {
+            not_older("device record", device.serial, seen.serial)?;
+        } else {
+            // Of a host that was enrolled anew the numbers may begin again.
+            seen.serial = 0;
         }
         let (verified_bundle, bundle) = self.check_bundle(&keyset, untrusted_bundle, &device)?;
         not_older("bundle", bundle.revision, seen.revision(&bundle.line))?;
@@ -443,15 +444,28 @@ impl Store {
         Ok(Records { keyset, device, bundle })
     }
 
-    /// Stores what a checked lease brought, before anybody acts on it.
+    /// Stores what a lease brought that was checked at `now`, before anybody acts on it.
     ///
     /// # Errors
-    /// [`StoreError`] when it cannot be written.
-    pub fn remember(&self, checked: &Checked, untrusted_keysets: &[Vec<u8>]) -> Result<(), StoreError> {
+    /// [`StoreError`] when it cannot be written, or something newer was stored since it was checked.
+    pub fn remember(
+        &self,
+        checked: &Checked,
+        untrusted_keysets: &[Vec<u8>],
+        now: u64,
+    ) -> Result<(), StoreError> {
         let _lock = self.lock()?;
-        let seen = self.memory()?;
-        let chain = chain(self.keyset_up_to(seen.keyset_version)?, untrusted_keysets)?;
+        let Kept { seen, documents } = self.kept()?;
+        seen.clone().for_leases(now).admits(checked).map_err(StoreError::Meanwhile)?;
+        let floor = self.keyset_up_to(seen.keyset_version)?;
         let Checked { device, bundle, verified_device, verified_bundle, lease, .. } = checked;
+        // The serials of two enrolments do not tell which is the newer one.
+        let stored = documents.ok_or(StoreError::NoDocuments)?;
+        let (_, stored) = self.check_device(&floor, stored.device.as_bytes(), &self.host_key()?.public())?;
+        if (stored.enrolment, stored.host_key) != (device.enrolment, device.host_key) {
+            return Err(StoreError::EnrolledAnew);
+        }
+        let chain = chain(floor, untrusted_keysets)?;
         // Not the later one of two: what was in the host's future is forgotten ([`HostMemory::as_of`]).
         let seen = Memory { issued_at: lease.issued_at, ..seen.after(newest(&chain), device, bundle) };
         self.write(&self.change(&chain, Documents::new(verified_device, verified_bundle), seen)?)
@@ -504,6 +518,23 @@ impl Store {
         self.write(&[self.memory_step(&kept)?])
     }
 
+    /// A chain that has every keyset up to version `known` at least, and needs none of the stored ones, which
+    /// cannot be used because of `lost`.
+    fn chain_from_the_first(
+        &self,
+        untrusted: &[Vec<u8>],
+        known: u64,
+        lost: StoreError,
+    ) -> Result<Vec<TrustedKeyset>, StoreError> {
+        let Some((first, links)) = untrusted.split_first() else { return Err(lost) };
+        let first = TrustedKeyset::first(first, &self.tenant).map_err(keyset_error(1));
+        match first.and_then(|first| chain(first, links)) {
+            Err(error) if known == 0 => Err(error),
+            Ok(chain) if newest(&chain).version() >= known => Ok(chain),
+            Ok(_) | Err(_) => Err(StoreError::KeysetsLost { known, source: Box::new(lost) }),
+        }
+    }
+
     /// The steps of a change, the last of which is the one that makes it count.
     fn change(
         &self,
@@ -511,10 +542,13 @@ impl Store {
         documents: Documents,
         seen: Memory,
     ) -> Result<Vec<Step>, StoreError> {
-        let known = self.memory()?.keyset_version;
         let mut steps = Vec::new();
-        for keyset in chain.iter().filter(|keyset| known < keyset.version()) {
-            steps.push((self.keyset_path(keyset.version())?, keyset.envelope().to_vec()));
+        for keyset in chain {
+            let path = self.keyset_path(keyset.version())?;
+            // What is there counts only when it is just this.
+            if read(&path, MAX_ENVELOPE as u64).ok().as_deref() != Some(keyset.envelope()) {
+                steps.push((path, keyset.envelope().to_vec()));
+            }
         }
         steps.push(self.memory_step(&Kept { seen, documents: Some(documents) })?);
         Ok(steps)

@@ -7,6 +7,7 @@
 //!   relay ───────────── task ────┤               (one owner, one queue)
 //!   office ──────────── task ────┘
 //! ```
+//! Beside them it listens to those who command, to the clock, and for the end of the host's sleep.
 //!
 //! The end of QEMU is one input, sent once the process is reaped and every stream of it was read to its
 //! end, so that no last word is lost and none comes later.
@@ -22,6 +23,7 @@ use crate::{
     qemu::Machine,
     relay::{Order, RelayStartError},
     session::{Action, Input, Session, Times},
+    sleep::Sleep,
     slots::Ready,
     status::{Release, Status, milliseconds},
     store::is_full,
@@ -152,7 +154,7 @@ pub enum Command {
 }
 
 /// Starts the machine and stays with it until nothing is left of it. Every change is published in
-/// `status`; times in it count from `started`.
+/// `status`; times in it count from `started`. When the host has slept, as `sleep` says, the guest is told.
 ///
 /// Children die with the thread that starts them, so this has to run on the main thread.
 ///
@@ -161,6 +163,7 @@ pub enum Command {
 pub async fn run<O: LeaseSource>(
     plan: Plan,
     asker: Asker<O>,
+    mut sleep: Sleep,
     started: Instant,
     mut commands: mpsc::Receiver<Command>,
     status: &watch::Sender<Status>,
@@ -223,6 +226,10 @@ pub async fn run<O: LeaseSource>(
                 Some(Command::StopNow) | None => session.handle(Input::StopNow, started.elapsed()),
             },
             () = vm.counters_changed() => refreshed = true,
+            () = sleep.over() => {
+                note(&Input::Woken);
+                session.handle(Input::Woken, started.elapsed());
+            }
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                 session.handle_timeout(started.elapsed());
             }
@@ -260,6 +267,7 @@ fn note(input: &Input) {
             tracing::debug!(seq = challenge.seq, "the guest asks for a lease");
         }
         Input::Guest(_) | Input::Stop | Input::StopNow => {}
+        Input::Woken => tracing::info!("the host has slept"),
         Input::WentOff(word) => tracing::debug!(word, "the machine went off"),
         Input::Office(_) => tracing::debug!("the office was asked"),
         Input::GuestBroke(error) => tracing::warn!(%error, "the guest sent what is no frame"),

@@ -4,7 +4,7 @@
 
 mod tenant;
 
-use kontor_bundle::lease::{Notice, Parts};
+use kontor_bundle::lease::{Checked, LeaseError, Notice, Parts, for_host};
 use kontor_daemon::{
     host::Accelerator,
     lease::{Asker, Running},
@@ -12,7 +12,9 @@ use kontor_daemon::{
     session::Answer,
     store::{Memory, Store, StoreError},
 };
-use kontor_trust::{Device, DeviceState, Digest, Lease, Line, Request, verify_request};
+use kontor_trust::{
+    Device, DeviceState, Digest, Lease, Line, Request, RequestKind, Verified, sign, verify_request,
+};
 use kontor_wire::control::Challenge;
 use std::{
     collections::BTreeMap,
@@ -193,6 +195,83 @@ fn chain_of_keysets_grows_and_none_of_its_links_may_be_missing() {
 }
 
 #[test]
+fn lost_or_damaged_keysets_are_stored_anew_when_all_are_given() {
+    let mut world = World::provisioned();
+    world.tenant.advance();
+    world.tenant.advance();
+    world.provision().unwrap();
+    let lose = |name: &str| fs::remove_file(world.file(name)).unwrap();
+    let cases = [
+        ("keysets/00000001.json", None),
+        ("keysets/00000002.json", None),
+        ("keysets/00000003.json", None),
+        ("keysets/00000001.json", Some("{}")),
+        ("keysets/00000002.json", Some("")),
+    ];
+    let before = world.store.memory().unwrap();
+    for (name, damage) in cases {
+        match damage {
+            None => lose(name),
+            Some(content) => fs::write(world.file(name), content).unwrap(),
+        }
+        assert!(world.records().is_err());
+        // Less than was seen is no way back, nor is a chain without its beginning or with a gap.
+        let all = &world.tenant.keysets;
+        for given in [&all[..1], &all[..2], &all[1..], &[all[0].clone(), all[2].clone()]] {
+            let error = world.store.provision(given, &world.device, &world.bundle).unwrap_err();
+            assert!(matches!(error, StoreError::KeysetsLost { known: 3, .. }), "{name}: {error:?}");
+            assert!(error.to_string().contains("every keyset, from the first to version 3"), "{error}");
+        }
+        assert!(world.records().is_err());
+        world.provision().unwrap();
+        world.records().unwrap();
+        assert_eq!(world.store.memory().unwrap(), before);
+    }
+    // All at once, and with a newer one.
+    for version in 1..=3 {
+        lose(&format!("keysets/0000000{version}.json"));
+    }
+    world.tenant.advance();
+    world.provision().unwrap();
+    world.records().unwrap();
+    assert_eq!(world.store.keyset().unwrap().version(), 4);
+}
+
+#[test]
+fn keysets_of_another_company_replace_no_lost_one() {
+    let world = World::provisioned();
+    fs::remove_file(world.file("keysets/00000001.json")).unwrap();
+    let other = Tenant::new();
+    let error = world.store.provision(&other.keysets, &world.device, &world.bundle).unwrap_err();
+    assert!(matches!(error, StoreError::KeysetsLost { known: 1, .. }), "{error:?}");
+    assert!(!world.file("keysets/00000001.json").exists());
+}
+
+#[test]
+fn serial_begins_again_for_a_host_that_was_enrolled_anew_and_for_no_other() {
+    let mut world = World::new();
+    world.bend_device(|device| device.serial = 5);
+    world.provision().unwrap();
+    fs::remove_file(world.file("host.key")).unwrap();
+    world.store.make_host_key().unwrap();
+    world.bend_device(|device| device.serial = 2);
+    world.provision().unwrap();
+    assert_eq!(world.store.memory().unwrap().serial, 2);
+    world.records().unwrap();
+    world.bend_device(|device| device.serial = 1);
+    assert!(matches!(world.provision(), Err(StoreError::Older { what: "device record", .. })));
+    // Nor when those who sign records have changed since.
+    let others = Tenant::new();
+    world.tenant.advance_with(|keyset| keyset.roles = others.newest().keyset().roles.clone());
+    let (key, id) = (world.store.host_key().unwrap().public(), world.tenant.id);
+    world.device = others.device(key, |device| device.tenant = id);
+    world.bundle = others.bundle(endpoint(), |bundle| bundle.tenant = id);
+    assert!(matches!(world.provision(), Err(StoreError::Older { what: "device record", .. })));
+    world.device = others.device(key, |device| (device.tenant, device.serial) = (id, 2));
+    world.provision().unwrap();
+}
+
+#[test]
 fn changed_stored_document_is_refused() {
     let world = World::provisioned();
     for name in ["keysets/00000001.json", "memory.json"] {
@@ -354,6 +433,105 @@ async fn answer_older_than_what_was_seen_is_refused() {
     assert!(words.contains("revision"), "{words}");
     refused(bent(&world, newer.clone(), |lease| lease.issued_at -= 1)).await;
     assert!(matches!(bent(&world, newer, |_| {}).ask(challenge()).await, Answer::Lease(_)));
+}
+
+/// A request of the stored enrolment, as the store's documents are now.
+fn request(world: &World) -> Verified<RequestKind> {
+    let key = world.store.host_key().unwrap();
+    let records = world.store.records(&key.public()).unwrap();
+    let request = Request {
+        tenant: world.tenant.id,
+        device: device_id(),
+        enrolment: records.device.enrolment,
+        nonce: [1; 32],
+        boot_key: [2; 32],
+        seq: 0,
+        verity_root: Digest([4; 32]),
+        release: "smoke-1".into(),
+        keyset_version: 1,
+    };
+    verify_request(&sign::<RequestKind>(&request.payload(), &[&key]), &key.public()).unwrap()
+}
+
+/// A lease that was found good by what is stored now.
+fn checked(world: &World) -> (Checked, Vec<Vec<u8>>) {
+    let request = request(world);
+    let parts = world.tenant.lease(request.envelope(), &world.device, &world.bundle, |_| {});
+    let (floor, memory) = (world.store.keyset().unwrap(), world.store.memory().unwrap().for_leases(NOW));
+    (for_host(&floor, &parts, &request, &memory).unwrap(), parts.keysets)
+}
+
+#[test]
+fn what_was_stored_while_the_office_was_asked_is_not_overwritten_by_something_older() {
+    type Between = fn(&mut World);
+    type Refused = fn(StoreError) -> bool;
+    let cases: [(&str, Between, Refused); 6] = [
+        (
+            "a newer bundle",
+            |world| world.bundle = world.tenant.bundle(endpoint(), |bundle| bundle.revision = 2),
+            |error| matches!(error, StoreError::Meanwhile(LeaseError::OldRevision { lease: 1, known: 2 })),
+        ),
+        (
+            "a newer record",
+            |world| world.bend_device(|device| device.serial = 2),
+            |error| matches!(error, StoreError::Meanwhile(LeaseError::OldSerial { record: 1, known: 2 })),
+        ),
+        (
+            "a newer keyset",
+            |world| world.tenant.advance(),
+            |error| matches!(error, StoreError::Meanwhile(LeaseError::OldKeyset { lease: 1, known: 2 })),
+        ),
+        (
+            "a later lease",
+            |world| {
+                let request = request(world);
+                let later = |lease: &mut Lease| lease.issued_at = NOW + 1;
+                let parts = world.tenant.lease(request.envelope(), &world.device, &world.bundle, later);
+                let floor = world.store.keyset().unwrap();
+                let memory = world.store.memory().unwrap().for_leases(NOW);
+                let checked = for_host(&floor, &parts, &request, &memory).unwrap();
+                world.store.remember(&checked, &parts.keysets, NOW).unwrap();
+            },
+            |error| matches!(error, StoreError::Meanwhile(LeaseError::OldIssue { lease: NOW, .. })),
+        ),
+        (
+            "another enrolment",
+            |world| world.bend_device(|device| device.enrolment = Digest([8; 32])),
+            |error| matches!(error, StoreError::EnrolledAnew),
+        ),
+        (
+            "another key",
+            |world| {
+                fs::remove_file(world.file("host.key")).unwrap();
+                world.store.make_host_key().unwrap();
+                world.bend_device(|_| {});
+            },
+            |error| matches!(error, StoreError::EnrolledAnew),
+        ),
+    ];
+    for (name, between, refused) in cases {
+        let mut world = World::provisioned();
+        let (checked, keysets) = checked(&world);
+        between(&mut world);
+        world.provision().unwrap();
+        let before = fs::read(world.file("memory.json")).unwrap();
+        let error = world.store.remember(&checked, &keysets, NOW).unwrap_err();
+        assert!(refused(error), "{name}");
+        assert_eq!(fs::read(world.file("memory.json")).unwrap(), before, "{name}");
+        world.records().unwrap();
+    }
+}
+
+#[test]
+fn what_was_stored_while_the_office_was_asked_and_is_not_newer_hinders_nothing() {
+    let world = World::provisioned();
+    let (checked, keysets) = checked(&world);
+    world.provision().unwrap();
+    world.store.remember(&checked, &keysets, NOW).unwrap();
+    assert_eq!(world.store.memory().unwrap().issued_at, NOW);
+    // The same again, as when control's clock stands still.
+    world.store.remember(&checked, &keysets, NOW).unwrap();
+    world.records().unwrap();
 }
 
 #[tokio::test]

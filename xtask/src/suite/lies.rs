@@ -219,15 +219,17 @@ pub(super) const CASES: &[Case] = &[
         gateway: "the lease is not signed as it must be",
     },
     // The last: what the host remembers of time is no measure after it.
-    Case {
-        name: "lease_of_a_control_whose_clock_stands_at_2030",
-        lie: |answer, loot| {
-            answer.change(loot, |lease| (lease.issued_at, lease.not_after) = (IN_2030, IN_2030 + BRIEFLY));
-        },
-        host: Stops("lease-expired"),
-        gateway: "the lease was issued at 1893456000, it is",
-    },
+    IN_THE_FUTURE,
 ];
+
+const IN_THE_FUTURE: Case = Case {
+    name: "lease_of_a_control_whose_clock_stands_at_2030",
+    lie: |answer, loot| {
+        answer.change(loot, |lease| (lease.issued_at, lease.not_after) = (IN_2030, IN_2030 + BRIEFLY));
+    },
+    host: Stops("lease-expired"),
+    gateway: "the lease was issued at 1893456000, it is",
+};
 
 impl Case {
     /// Whether the host is told it too.
@@ -266,6 +268,28 @@ pub(super) fn gateway_refuses_all(stage: &mut Stage) -> Outcome {
 pub(super) fn is_refused(stage: &mut Stage, case: &'static Case) -> Outcome {
     let heard = tell(stage, Vec::new(), case)?;
     if heard.len() == 1 { Ok(()) } else { Err(format!("{} answers to one lie", heard.len()).into()) }
+}
+
+/// The host remembers a lease of 2030, and installs all the same: that is how it gets rid of a stolen control.
+pub(super) fn future_stops_no_installing(stage: &mut Stage) -> Outcome {
+    const CASE: &Case = &IN_THE_FUTURE;
+    let last_lease = |stage: &mut Stage| -> Result<Option<u64>, Failed> {
+        let memory = std::fs::read(stage.scene()?.home.device_file("memory.json"))?;
+        Ok(serde_json::from_slice::<Value>(&memory)?["seen"]["issued_at"].as_u64())
+    };
+    if last_lease(stage)? != Some(IN_2030) {
+        is_refused(stage, CASE)?;
+    }
+    let remembered = last_lease(stage)?;
+    if remembered != Some(IN_2030) {
+        return Err(format!("the host remembers a lease of {remembered:?}").into());
+    }
+    let scene = stage.scene()?;
+    let installed = scene.home.install(&scene.office.repository()).map_err(words)?;
+    if installed.status.success() {
+        return Ok(());
+    }
+    Err(format!("kontord install: {}", String::from_utf8_lossy(&installed.stderr)).into())
 }
 
 /// A work VM is started, the gateway is told each of `first`, and then both are told a lie. `Err` when one of them

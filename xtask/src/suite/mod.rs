@@ -142,6 +142,11 @@ fn lies(shared: &Shared, trials: &mut Vec<Trial>) {
         let name = format!("stolen_control_brings_no_{}", case.name);
         trials.push(trial(shared, &name, |stage| lies::is_refused(stage, case)));
     }
+    trials.push(trial(
+        shared,
+        "stolen_control_with_a_lease_far_ahead_stops_no_installing",
+        lies::future_stops_no_installing,
+    ));
     trials.push(trial(shared, "stolen_control_leaves_nothing_behind_that_hinders", lies::honest_again));
 }
 

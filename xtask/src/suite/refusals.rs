@@ -11,7 +11,7 @@ use super::{
 use crate::{
     liar::unix_now,
     office::{CONTROL_PORT, DEVICE, LINE, Office, write},
-    run::{self, Error, at, quietly},
+    run::{self, Error, at, quietly, within},
     scene::PATIENCE,
     world::{OFFICE_ADDRESS, Power, User},
 };
@@ -62,11 +62,12 @@ impl Pc {
 
     fn provision(&self, keyset: &Path, device: &Path, bundle: &Path) -> run::Result<Output> {
         let mut command = self.kontord("provision");
-        output(command.arg("--keyset").arg(keyset).arg("--device").arg(device).arg("--bundle").arg(bundle))
+        command.arg("--keyset").arg(keyset).arg("--device").arg(device).arg("--bundle").arg(bundle);
+        within(PATIENCE, &mut command)
     }
 
     fn install(&self, repository: &Path) -> run::Result<Output> {
-        output(self.kontord("install").arg("--repo").arg(repository))
+        within(PATIENCE, self.kontord("install").arg("--repo").arg(repository))
     }
 }
 
@@ -418,8 +419,4 @@ fn accepted(what: &str, output: &Output) -> Outcome {
         return Ok(());
     }
     Err(format!("{what}: {} {}", output.status, String::from_utf8_lossy(&output.stderr)).into())
-}
-
-fn output(command: &mut Command) -> run::Result<Output> {
-    command.output().map_err(|source| Error::Start(run::text(command), source))
 }

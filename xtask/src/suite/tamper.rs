@@ -1,6 +1,7 @@
 //! Trials in which a byte was changed that something vouches for.
 
 use super::{Outcome, Stage, words};
+use crate::{run::within, scene::PATIENCE};
 use libtest_mimic::Failed;
 use std::path::Path;
 
@@ -92,7 +93,9 @@ pub(super) fn tampered_office(stage: &mut Stage) -> Outcome {
         let mut bytes = read(&copy.join(name))?;
         super::lies::flip(&mut bytes);
         std::fs::write(copy.join(name), bytes)?;
-        let output = std::process::Command::new(&program).args(["serve", "--dir"]).arg(&copy).output()?;
+        // One that found nothing wrong would serve for ever.
+        let mut serve = std::process::Command::new(&program);
+        let output = within(PATIENCE, serve.args(["serve", "--dir"]).arg(&copy)).map_err(words)?;
         let heard = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.code() != Some(3) || !heard.contains(name) {
             return Err(format!("changed {name}: {} {heard}", output.status).into());

@@ -222,7 +222,7 @@ fn ask(
             Event::Host(FromHost::Refused) => return Err(Stop::Refused),
             Event::Late => return Err(Stop::NoLease),
             event
-            @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_) | Event::Woken) => {
+            @ (Event::Host(_) | Event::Child(..) | Event::Tunnel(_) | Event::Post(_) | Event::Stood) => {
                 watched.handle(event)?
             }
         }
@@ -262,7 +262,7 @@ impl Leased {
                 | Event::Child(..)
                 | Event::Tunnel(_)
                 | Event::Post(_)
-                | Event::Woken) => {
+                | Event::Stood) => {
                     watched.handle(event)?;
                 }
             }
@@ -417,8 +417,9 @@ mod tests {
         let granted = asked(|host, office| {
             let challenge = challenge(host);
             assert_eq!((challenge.seq, challenge.verity_root, challenge.keyset_version), (0, [3; 32], 1));
-            // Word of something newer does not disturb the question.
+            // Word of something newer does not disturb the question, nor does the host's sleep.
             host.send(&FromHost::Nudge);
+            host.send(&FromHost::Woken);
             host.send(&FromHost::Lease(office.answer(&challenge)));
         });
         assert_eq!(granted.unwrap().addresses().unwrap().0, V4);

@@ -189,6 +189,7 @@ pub(crate) fn name(message: &FromHost) -> &'static str {
         FromHost::Refused => "Refused",
         FromHost::Nudge => "Nudge",
         FromHost::PowerOff => "PowerOff",
+        FromHost::Woken => "Woken",
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::control::{Control, ControlError};
 use super::post::{Call, CallError};
-use crate::clock::{Moment, Sleep, slept, timespec};
+use crate::clock::{Moment, timespec};
 use crate::link::{FromTunnel, Link, LinkError, ToTunnel};
 use kontor_trust::Digest;
 use kontor_wire::control::{FromGuest, FromHost};
@@ -11,9 +11,6 @@ use kontor_wire::post::FromPost;
 use rustix::event::epoll;
 use rustix::io::{Errno, read};
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,8 +27,8 @@ pub(crate) enum Event {
     Tunnel(FromTunnel),
     /// The call to the gateway's post has ended.
     Post(Result<FromPost, CallError>),
-    /// The machine has slept.
-    Woken,
+    /// The machine stood still for [`STILL_MIN`] or longer, and a moment that was waited for came meanwhile.
+    Stood,
     /// The moment that was waited for has come.
     Late,
 }
@@ -62,32 +59,21 @@ pub(crate) struct Events {
     children: Option<OwnedFd>,
     tunnel: Option<Link>,
     call: Option<Call>,
-    /// Readable when the machine wakes, or its clock is set.
-    clock: OwnedFd,
-    sleep: Sleep,
-    slept: fn() -> Duration,
+    /// When the machine was last seen to run.
+    ran_at: Moment,
+    now: fn() -> Moment,
 }
 
-/// A timer that the kernel cancels when the clock is not what it was, after a sleep above all. It is due in a
-/// time that does not come.
-fn clock_watch() -> Result<OwnedFd, EventsError> {
-    const NEVER: i64 = i64::MAX / 1_000_000_000;
-    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-    let clock = timerfd_create(TimerfdClockId::Realtime, flags)?;
-    let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let it_value = Timespec { tv_sec: NEVER, tv_nsec: 0 };
-    let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
-    timerfd_settime(&clock, flags, &Itimerspec { it_interval, it_value })?;
-    Ok(clock)
-}
+/// How late a moment has to be noticed for the machine to have stood still: its host slept, or had no time for it.
+/// More than a busy host keeps a machine waiting.
+const STILL_MIN: Duration = Duration::from_secs(5);
 
 impl Events {
     /// Waits for the host, and for children when `children` says when there are some.
     pub(crate) fn new(control: Control, children: Option<OwnedFd>) -> Result<Self, EventsError> {
         let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let (clock, sleep) = (clock_watch()?, Sleep::new(slept()));
-        let events = Self { set, control, children, tunnel: None, call: None, clock, sleep, slept };
-        events.watch(events.clock.as_fd())?;
+        let (ran_at, now) = (Moment::now(), Moment::now as fn() -> Moment);
+        let events = Self { set, control, children, tunnel: None, call: None, ran_at, now };
         events.watch(events.control.as_fd())?;
         if let Some(children) = &events.children {
             events.watch(children.as_fd())?;
@@ -132,16 +118,16 @@ impl Events {
     }
 
     /// The next event; [`Event::Late`] at `until` even when others wait, so that nobody can hold up a
-    /// deadline by talking; but [`Event::Woken`] before it, as a deadline that passed in a sleep is another
-    /// thing.
+    /// deadline by talking; but [`Event::Stood`] before it, once, as a deadline that passed while the machine stood
+    /// still is another thing.
     pub(crate) fn next(&mut self, until: Option<Moment>) -> Result<Event, EventsError> {
         loop {
-            // Cancelled or not: what counts is how long it was.
-            let _ = read(&self.clock, &mut [0; 8]);
-            if self.sleep.notice((self.slept)()) {
-                return Ok(Event::Woken);
+            let now = (self.now)();
+            let ran_at = std::mem::replace(&mut self.ran_at, now);
+            if until.is_some_and(|until| stood_still(until, ran_at, now)) {
+                return Ok(Event::Stood);
             }
-            let left = until.map(|moment| moment.since(Moment::now()));
+            let left = until.map(|until| until.since(now));
             if left.is_some_and(|left| left.is_zero()) {
                 return Ok(Event::Late);
             }
@@ -185,6 +171,11 @@ impl Events {
         }
         self.control.receive().map(|message| message.map(Event::Host)).map_err(EventsError::Control)
     }
+}
+
+/// Whether the machine stood still since it was seen to run at `ran_at`, past the moment `until`.
+fn stood_still(until: Moment, ran_at: Moment, now: Moment) -> bool {
+    now.since(until.max(ran_at)) >= STILL_MIN
 }
 
 /// Takes the pending signals, so that the descriptor is readable again only after the next one.
@@ -248,15 +239,32 @@ mod tests {
     }
 
     #[test]
-    fn sleep_is_told_once_and_before_the_deadline_that_passed_in_it() {
+    fn standstill_is_told_once_and_before_the_deadline_that_passed_in_it() {
         let (mut host, control) = Host::connected();
         let mut events = Events::new(control, None).unwrap();
-        events.slept = || slept() + Duration::from_secs(600);
         host.send(&FromHost::Nudge);
         let passed = Some(Moment::now());
-        assert!(matches!(events.next(passed).unwrap(), Event::Woken));
         assert!(matches!(events.next(passed).unwrap(), Event::Late));
-        assert!(matches!(events.next(soon()).unwrap(), Event::Host(FromHost::Nudge)));
+        events.now = || Moment::now().after(STILL_MIN + Duration::from_secs(600));
+        assert!(matches!(events.next(passed).unwrap(), Event::Stood));
+        assert!(matches!(events.next(passed).unwrap(), Event::Late));
+        let soon = Some((events.now)().after(Duration::from_secs(20)));
+        assert!(matches!(events.next(soon).unwrap(), Event::Host(FromHost::Nudge)));
+    }
+
+    #[test]
+    fn machine_stood_still_when_it_is_late_by_more_than_it_was_seen_to_run() {
+        let begin = Moment::now();
+        let at = |seconds| begin.after(Duration::from_secs(seconds));
+        let just_short = at(100).after(STILL_MIN - Duration::from_nanos(1));
+        assert!(stood_still(at(100), at(90), at(100).after(STILL_MIN)));
+        assert!(!stood_still(at(100), at(90), just_short));
+        // Also when the deadline was over already.
+        assert!(stood_still(at(10), at(100), at(100).after(STILL_MIN)));
+        assert!(!stood_still(at(10), at(100), just_short));
+        // Where nothing was missed there is nothing to tell.
+        assert!(!stood_still(at(1000), at(100), at(900)));
+        assert!(!stood_still(at(100), at(90), at(0)));
     }
 
     #[test]

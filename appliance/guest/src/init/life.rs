@@ -229,7 +229,7 @@ impl Life {
         }
     }
 
-    /// The machine has slept (`lease.md` 21): a new session, a new lease, and a silence that begins now. The
+    /// The machine has slept, or its host has (`lease.md` 21): a new session, a new lease, and a silence that begins now. The
     /// lease's end stays where it was.
     pub(crate) fn woken(&mut self, now: Moment) {
         if self.lapse.is_some() || now >= self.lease.ends() {

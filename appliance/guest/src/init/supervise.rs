@@ -39,7 +39,7 @@ impl Watched {
                 Ok(())
             }
             // Whoever set a deadline, waits for the gateway or calls it looks at these before this.
-            Event::Late | Event::Woken | Event::Post(_) | Event::Tunnel(FromTunnel::Heard) => Ok(()),
+            Event::Late | Event::Stood | Event::Post(_) | Event::Tunnel(FromTunnel::Heard) => Ok(()),
         }
     }
 
@@ -51,6 +51,8 @@ impl Watched {
                 say!("host: something newer waits at the office");
                 Ok(())
             }
+            // Where nothing waits for a lease or the gateway, there is nothing yet that a sleep makes stale.
+            FromHost::Woken => Ok(()),
             FromHost::Hello { .. } | FromHost::Lease(_) | FromHost::Refused => {
                 Err(Stop::Unasked(name(message)))
             }
@@ -107,8 +109,12 @@ pub(crate) fn attend(
         let now = Moment::now();
         match event {
             Event::Late => life.timeout(now)?,
-            Event::Woken => {
-                say!("the machine has slept");
+            Event::Stood => {
+                say!("the machine stood still");
+                life.woken(now);
+            }
+            Event::Host(FromHost::Woken) => {
+                say!("host: it has slept");
                 life.woken(now);
             }
             Event::Post(outcome) => life.answered(outcome, now)?,
@@ -269,6 +275,19 @@ mod tests {
         host.send(&FromHost::PowerOff);
         let stop = run_for(&mut events, FAR_MS);
         assert!(matches!(stop, Stop::Requested), "{stop}");
+    }
+
+    #[test]
+    fn sessions_are_dropped_when_the_host_says_that_it_has_slept() {
+        let (mut host, control) = Host::connected();
+        let (init, tunnel) = Link::pair().unwrap();
+        let mut events = Events::new(control, None).unwrap();
+        events.add_tunnel(init).unwrap();
+        host.send(&FromHost::Woken);
+        host.send(&FromHost::PowerOff);
+        let stop = run_for(&mut events, FAR_MS);
+        assert!(matches!(stop, Stop::Requested), "{stop}");
+        assert!(matches!(tunnel.receive().unwrap(), Some(ToTunnel::Reconnect)));
     }
 
     #[test]

@@ -31,6 +31,28 @@ impl HostMemory {
         let is_measure = self.issued_at <= now.saturating_add(HOST_SKEW_S);
         Self { issued_at: if is_measure { self.issued_at } else { 0 }, ..self }
     }
+
+    /// Checks that nothing of a lease is older than what was seen.
+    ///
+    /// # Errors
+    /// [`LeaseError`] says what is.
+    pub fn admits(&self, checked: &Checked) -> Result<(), LeaseError> {
+        let lease = &checked.lease;
+        if lease.keyset_version < self.keyset_version {
+            return Err(LeaseError::OldKeyset { lease: lease.keyset_version, known: self.keyset_version });
+        }
+        if checked.device.serial < self.serial {
+            return Err(LeaseError::OldSerial { record: checked.device.serial, known: self.serial });
+        }
+        if let Some(known) = self.revisions.get(&lease.line).copied().filter(|known| lease.revision < *known)
+        {
+            return Err(LeaseError::OldRevision { lease: lease.revision, known });
+        }
+        if lease.issued_at < self.issued_at {
+            return Err(LeaseError::OldIssue { lease: lease.issued_at, known: self.issued_at });
+        }
+        Ok(())
+    }
 }
 
 /// Checks a lease as the host that signed `request`. `floor` is the highest keyset that it has stored.
@@ -45,19 +67,7 @@ pub fn for_host(
 ) -> Result<Checked, LeaseError> {
     let Parts { keysets, device, bundle, lease } = untrusted;
     let checked = Untrusted { keysets, device, bundle, lease }.check(floor)?;
-    let lease = &checked.lease;
-    lease_answers_request(lease, request)?;
-    if lease.keyset_version < memory.keyset_version {
-        return Err(LeaseError::OldKeyset { lease: lease.keyset_version, known: memory.keyset_version });
-    }
-    if checked.device.serial < memory.serial {
-        return Err(LeaseError::OldSerial { record: checked.device.serial, known: memory.serial });
-    }
-    if let Some(known) = memory.revisions.get(&lease.line).copied().filter(|known| lease.revision < *known) {
-        return Err(LeaseError::OldRevision { lease: lease.revision, known });
-    }
-    if lease.issued_at < memory.issued_at {
-        return Err(LeaseError::OldIssue { lease: lease.issued_at, known: memory.issued_at });
-    }
+    lease_answers_request(&checked.lease, request)?;
+    memory.admits(&checked)?;
     Ok(checked)
 }

@@ -351,6 +351,27 @@ fn answer_that_does_not_verify_stops_a_boot_and_not_a_renewal() {
 }
 
 #[test]
+fn guest_is_told_of_each_sleep_of_the_host() {
+    for mut session in [greeted(), leased(), running()] {
+        let due = session.next_timeout();
+        for _ in 0..2 {
+            session.handle(Input::Woken, second(100));
+            assert_eq!(actions(&mut session), [Action::Tell(FromHost::Woken)]);
+        }
+        assert_eq!(session.next_timeout(), due);
+    }
+    // Not before it has said hello, nor on its way out.
+    let mut early = session();
+    early.handle(Input::Woken, second(1));
+    assert_eq!(actions(&mut early), []);
+    let mut stopping = running();
+    stopping.handle(Input::Stop, second(10));
+    actions(&mut stopping);
+    stopping.handle(Input::Woken, second(11));
+    assert_eq!(actions(&mut stopping), []);
+}
+
+#[test]
 fn death_of_the_relay_stops_the_guest() {
     let mut session = running();
     session.handle(Input::RelayEnded("exit status 1".into()), second(9));

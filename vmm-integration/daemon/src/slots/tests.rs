@@ -424,16 +424,51 @@ fn clock_that_was_once_in_the_future_stops_nothing() {
 }
 
 #[test]
-fn clock_far_behind_the_last_lease_stops_installing() {
-    let world = World::installed();
+fn lease_of_a_control_that_wrote_a_time_far_ahead_stops_no_installing() {
+    let mut world = World::installed();
     let memory = world.dir.path().join("state").join(TENANT.to_string()).join("laptop-7/memory.json");
     let text = fs::read_to_string(&memory).unwrap();
-    let lease = repository::FAR;
-    fs::write(&memory, text.replace("\"issued_at\":0", &format!("\"issued_at\":{lease}"))).unwrap();
-    let refused = world.install().unwrap_err();
-    assert!(matches!(&refused, SlotError::Fetch(FetchError::Clock { lease: found, .. }) if *found == lease));
-    assert_eq!(refused.exit(), Exit::HostLacks);
-    world.open().unwrap();
+    for issued_at in [repository::FAR, u64::MAX] {
+        let text = text.replace("\"issued_at\":0", &format!("\"issued_at\":{issued_at}"));
+        fs::write(&memory, text).unwrap();
+        assert_eq!(world.store.memory().unwrap().issued_at, issued_at);
+        world.install().unwrap();
+    }
+    world.publish(&manifest(2));
+    assert_eq!(world.install().unwrap().version, 2);
+}
+
+#[test]
+fn clock_far_behind_the_build_of_a_release_stops_installing() {
+    let built_at = |version, built_at| {
+        let mut manifest = manifest(version);
+        let line = CommandLine { verity: manifest.image.verity.clone(), built_at, test: true };
+        (manifest.image.built_at, manifest.image.cmdline) = (built_at, format!("quiet {line}"));
+        manifest
+    };
+    let stops = |world: &World, built_at| {
+        let refused = world.install().unwrap_err();
+        let SlotError::Fetch(FetchError::Clock { built_at: found, .. }) = &refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!((*found, refused.exit()), (built_at, Exit::HostLacks));
+    };
+    // Of the one that is offered.
+    let mut world = World::installed();
+    world.publish(&built_at(2, repository::FAR));
+    stops(&world, repository::FAR);
+    assert_eq!(world.open().unwrap().manifest.version, 1);
+    // Of the one that is installed, as by a clock that was right.
+    let tuf = world.slot(TUF);
+    fs::remove_dir_all(&tuf).unwrap();
+    copy_tree(&world.repository.metadata(""), &tuf);
+    fs::copy(world.release.join(MANIFEST), world.slot(MANIFEST)).unwrap();
+    world.publish(&built_at(3, 9));
+    stops(&world, repository::FAR);
+    assert_eq!(world.open().unwrap().manifest.version, 2);
+    // One that is damaged stops nothing.
+    fs::write(world.slot(MANIFEST), "{}").unwrap();
+    assert_eq!(world.install().unwrap().version, 3);
 }
 
 #[test]

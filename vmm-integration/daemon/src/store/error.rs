@@ -1,7 +1,7 @@
 //! The ways in which stored things are not what they must be.
 
 use super::is_full;
-use kontor_bundle::BundleError;
+use kontor_bundle::{BundleError, lease::LeaseError};
 use kontor_trust::{DeviceId, DocumentError, EnvelopeError, KeyError, KeysetError, PublicKey};
 use std::{io, path::PathBuf};
 
@@ -50,6 +50,17 @@ pub enum StoreError {
         /// What is wrong.
         #[source]
         source: KeysetError,
+    },
+    /// Stored keysets were lost or damaged.
+    #[error(
+        "the stored keysets are not whole; give kontord provision every keyset, from the first to version {known} or a later one"
+    )]
+    KeysetsLost {
+        /// The highest version that was seen.
+        known: u64,
+        /// What is wrong with those that are stored.
+        #[source]
+        source: Box<StoreError>,
     },
     /// The signatures of the device record.
     #[error("the device record is not signed as it must be")]
@@ -104,6 +115,12 @@ pub enum StoreError {
         /// The highest seen.
         known: u64,
     },
+    /// A lease that was checked against less than is stored by now.
+    #[error("something newer was stored while the office was asked; start again")]
+    Meanwhile(#[source] LeaseError),
+    /// A lease for an enrolment that was replaced.
+    #[error("the device was enrolled anew while the office was asked; start again")]
+    EnrolledAnew,
     /// Another program changes the store.
     #[error("{0} is locked: kontord already runs for this device")]
     Busy(PathBuf),

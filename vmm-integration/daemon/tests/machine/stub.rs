@@ -126,6 +126,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
     match scenario.as_str() {
         "ready" => machine.ready(),
         "again" => machine.renewing(),
+        "waking" => machine.waking(),
         "probe" => {
             let mut probe = probe.unwrap();
             let mut echo = probe.try_clone().unwrap();
@@ -258,7 +259,7 @@ impl Machine {
                 self.say(&FromGuest::Stop(StopReason::Requested));
                 exit(POWERED_OFF)
             }
-            other @ (FromHost::Hello { .. } | FromHost::Nudge) => panic!("{other:?}"),
+            other @ (FromHost::Hello { .. } | FromHost::Nudge | FromHost::Woken) => panic!("{other:?}"),
         }
     }
 
@@ -309,13 +310,29 @@ impl Machine {
     /// Renews once right after the boot.
     fn renewing(mut self) -> ! {
         self.boot();
+        self.renew();
+        self.until_power_off()
+    }
+
+    /// Renews when it is told that the host has slept, and powers off by itself.
+    fn waking(mut self) -> ! {
+        self.boot();
+        let told = self.hear();
+        self.print(&format!("told: {told:?}"));
+        self.renew();
+        self.say(&FromGuest::Stop(StopReason::Requested));
+        exit(POWERED_OFF)
+    }
+
+    fn renew(&mut self) {
         match self.ask(1) {
             FromHost::Lease(_) => self.print("renewed"),
-            other @ (FromHost::Hello { .. } | FromHost::Refused | FromHost::Nudge | FromHost::PowerOff) => {
-                self.print(&format!("not renewed: {other:?}"));
-            }
+            other @ (FromHost::Hello { .. }
+            | FromHost::Refused
+            | FromHost::Nudge
+            | FromHost::PowerOff
+            | FromHost::Woken) => self.print(&format!("not renewed: {other:?}")),
         }
-        self.until_power_off()
     }
 
     /// Prints how each attempt to get out was answered.
