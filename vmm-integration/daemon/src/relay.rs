@@ -32,6 +32,8 @@ const UDP6: RawFd = 6;
 
 /// Descriptors while the relay's program is loaded; it lowers this itself.
 const FILES_MAX: u64 = 16;
+/// Threads: its own and its jailer's.
+const THREADS_MAX: u64 = 2;
 /// Address space: its buffers, its libraries.
 const ADDRESS_SPACE: u64 = 256 << 20;
 /// Bytes that the kernel may hold for each UDP socket and direction, as far as the host allows.
@@ -248,7 +250,7 @@ fn spawn(jailer: &Path, program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> i
     let line =
         ["--uplink", "3", "--control", "4", "--udp4", "5"].into_iter().chain(udp6.into_iter().flatten());
     let arguments = line.map(Into::into).collect();
-    let limits = Limits { files: FILES_MAX, address_space: Some(ADDRESS_SPACE) };
+    let limits = Limits { files: FILES_MAX, threads: THREADS_MAX, address_space: Some(ADDRESS_SPACE) };
     let profile = Profile::Relay;
     let inmate = Inmate { profile, program: program.into(), arguments, descriptors, limits, group: None };
     Jailed::start(jailer, inmate)
@@ -261,7 +263,7 @@ mod tests {
     #[tokio::test]
     async fn last_words_of_a_relay_that_did_not_read_all_are_heard() {
         let (control, theirs) = control_pair().unwrap();
-        let child = Jailed::unjailed("true");
+        let child = Jailed::unjailed(&["true"]);
         let relay = Relay { child, control, words: tokio::spawn(async { String::new() }) };
         relay.tell(Order::Report).await;
         let last = FromRelay::Counters(Counters::default());

@@ -25,7 +25,7 @@ use kontor_daemon::{
     vm,
 };
 use libtest_mimic::{Arguments, Trial};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use std::{
     fs::{self, OpenOptions, Permissions},
     io::{BufRead, BufReader, Read, Write},
@@ -42,7 +42,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
-use world::{Ran, Setup, World, own_program};
+use world::{Process, Ran, Setup, World, own_program};
 
 /// Nothing here takes so long: a test that waits for it has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -74,6 +74,7 @@ fn main() -> ExitCode {
         qemu_gets_its_descriptors_and_nothing_else,
         qemu_cannot_get_out_of_its_jail,
         qemu_reaches_no_socket_of_the_host_by_its_uplink,
+        qemu_has_no_more_threads_than_its_jail_gives_it,
         jailed_processes_are_confined_and_stay_apart,
         garbage_of_the_guest_stops_it,
         garbage_on_the_uplink_stops_the_guest,
@@ -106,6 +107,8 @@ fn main() -> ExitCode {
         second_signal_hurries,
         killed_kontord_takes_everything_with_it,
         host_without_user_namespaces_starts_nothing,
+        jailer_that_hangs_is_ended_by_a_stop,
+        start_waits_for_the_doctors_trial_of_kvm_and_takes_its_result,
         garbage_on_the_socket_is_answered_and_survived,
         crowd_of_silent_clients_holds_nobody_off_for_good,
         start_right_behind_a_stop_waits_for_it,
@@ -215,6 +218,7 @@ fn qemu_gets_its_descriptors_and_nothing_else() {
         "no_timer_check",
         "descriptors [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n",
         "core 0 files 0",
+        if kontor_jail::counts_threads_apart() { "threads 128" } else { "threads " },
         r#"environment ["LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "MALLOC_ARENA_MAX"]"#,
         "NoNewPrivs: 1",
     ] {
@@ -260,6 +264,17 @@ fn qemu_reaches_no_socket_of_the_host_by_its_uplink() {
     }
 }
 
+fn qemu_has_no_more_threads_than_its_jail_gives_it() {
+    if !kontor_jail::counts_threads_apart() {
+        eprintln!("skipped: this kernel counts the threads of all jails together (Linux before 5.14)");
+        return;
+    }
+    let (world, _) = run("threads");
+    let log = world.kontor(&["logs"]).out;
+    // The jailer has one.
+    assert!(log.contains("threads: 127\n"), "{log}");
+}
+
 fn jailed_processes_are_confined_and_stay_apart() {
     let mut world = World::new(&Setup::new("ready"));
     ended(&world.start(), 0, "ready");
@@ -280,6 +295,8 @@ fn jailed_processes_are_confined_and_stay_apart() {
         assert!(options.starts_with("ro,") || mount.contains(" - proc proc rw,subset=pid"), "{mount}");
     }
     assert_eq!(world.status()["jail"]["limit"], "address-space");
+    let threads = kontor_jail::counts_threads_apart().then_some(128);
+    assert_eq!(world.status()["jail"]["threads"], serde_json::json!(threads));
     assert_eq!(world.status()["uplink"], "port");
 }
 
@@ -473,9 +490,7 @@ fn what_is_missing_is_said() {
     ended(&world.start(), 4, "no release is installed");
 
     let mut world = World::installed(&Setup::new("ready"));
-    let config = fs::read_to_string(world.path("kontord.toml")).unwrap();
-    let without = config.replace(&format!("qemu = '{}'", own_program().display()), "qemu = '/no/qemu'");
-    fs::write(world.path("kontord.toml"), without).unwrap();
+    world.configure("qemu", "/no/qemu");
     world.serve();
     ended(&world.start(), 4, "start QEMU (/no/qemu)");
     assert!(world::is_reaped(world.await_pid("the relay was started")));
@@ -683,6 +698,51 @@ fn host_without_user_namespaces_starts_nothing() {
     assert_eq!(world.status()["state"], "not-started");
     let doctor = world.kontor(&["doctor"]);
     ended(&doctor, 4, "user.max_user_namespaces");
+}
+
+/// In the jailer's place: says which process it is, and goes no further with QEMU.
+const HANGING: &str =
+    "#!/bin/sh\ncase $1 in qemu) echo $$ > DIR/hung; kill -STOP $$;; *) exec JAIL \"$@\";; esac\n";
+
+fn jailer_that_hangs_is_ended_by_a_stop() {
+    let mut world = World::installed(&Setup::new("ready"));
+    let script = HANGING.replace("DIR", world.dir.path().to_str().unwrap());
+    fs::write(world.path("jail"), script.replace("JAIL", env!("CARGO_BIN_EXE_kontor-jail"))).unwrap();
+    fs::set_permissions(world.path("jail"), Permissions::from_mode(0o755)).unwrap();
+    make_fifo(&world.path("hung"));
+    world.configure("jail", "DIR/jail");
+    world.serve();
+    let starting = world.kontor_command(&["start", "--headless"]).spawn().unwrap();
+    let jailer = fs::read_to_string(world.path("hung")).unwrap();
+    let jailer = Process::of(Pid::from_raw(jailer.trim().parse().unwrap()).unwrap());
+    let stopping = world.kontor_command(&["stop"]).spawn().unwrap();
+    Process::of(Pid::from_child(&stopping)).await_end();
+    ended(&Ran::from(stopping.wait_with_output().unwrap()), 0, "stopped before it ran");
+    ended(&Ran::from(starting.wait_with_output().unwrap()), 0, "stopped before it ran");
+    jailer.await_end();
+    assert_eq!(world.status()["state"], "not-started");
+}
+
+fn start_waits_for_the_doctors_trial_of_kvm_and_takes_its_result() {
+    if OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: this host has no KVM, or not for this user");
+        return;
+    }
+    let mut world = World::installed(&Setup::new("ready"));
+    world.configure("kvm", "/dev/kvm");
+    world.serve();
+    let doctor = world.kontor_command(&["doctor"]).spawn().unwrap();
+    let trial = world.await_process("a trial of KVM has begun");
+    let starting = world.kontor_command(&["start", "--headless"]).spawn().unwrap();
+    // It has not begun another one.
+    let next = world.await_log("a trial of KVM");
+    assert!(next.contains("is waited for"), "{next}");
+    trial.kill(Signal::KILL);
+    ended(&Ran::from(starting.wait_with_output().unwrap()), 0, "ready");
+    assert_eq!(world.status()["accel"], "tcg");
+    doctor.wait_with_output().unwrap();
+    let (_, log) = world.end(Signal::TERM);
+    assert!(!log.contains("a trial of KVM has begun"), "{log}");
 }
 
 /// What kontord answers to `bytes`, line by line.

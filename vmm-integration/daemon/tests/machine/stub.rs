@@ -34,6 +34,8 @@ pub(crate) const KEEPALIVE: [u8; 32] = {
     [bytes[0], bytes[1], bytes[2], bytes[3]] = [4, 0, 0, 0];
     bytes
 };
+/// More threads than any QEMU may have.
+const THREADS_TRIED: usize = 1000;
 /// What a guest that was told to stop powers off with.
 const POWERED_OFF: i32 = 0;
 
@@ -111,6 +113,10 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
     };
     let probe = channel("probe");
     let qmp = channel("qmp").unwrap();
+    if value("-accel") == "kvm" {
+        // A trial of KVM, in which no guest says anything.
+        park();
+    }
     let deaf = matches!(scenario.as_str(), "deaf" | "flood");
     let mut machine = Machine {
         console: channel("console").unwrap(),
@@ -136,6 +142,7 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
         "escape" => machine.escape(),
         away if away.starts_with("away:") => machine.send_away(away),
         "silent" | "deaf" => park(),
+        "threads" => machine.threads(),
         "hello" => {
             machine.hello();
             park()
@@ -349,6 +356,15 @@ impl Machine {
         park()
     }
 
+    /// Prints how many threads this process can have.
+    fn threads(mut self) -> ! {
+        let start = || thread::Builder::new().stack_size(1 << 14).spawn(|| park());
+        // Two are there already.
+        let others = std::iter::repeat_with(start).take(THREADS_TRIED).take_while(Result::is_ok).count();
+        self.print(&format!("threads: {}", others + 2));
+        exit(0)
+    }
+
     /// Sends by the uplink to the abstract socket and the file that the scenario names.
     fn send_away(mut self, scenario: &str) -> ! {
         let [_, name, file] = scenario.split(':').collect::<Vec<_>>()[..] else { panic!("{scenario}") };
@@ -383,6 +399,7 @@ impl Machine {
             format!("append {}", value("-append")),
             format!("descriptors {:?}", self.descriptors),
             format!("core {} files {}", limit("Max core file size"), limit("Max file size")),
+            format!("threads {}", limit("Max processes")),
             format!("environment {:?}", std::env::vars().map(|(name, _)| name).collect::<Vec<_>>()),
             privileges.replace('\t', " "),
         ];
