@@ -75,6 +75,7 @@ fn main() -> ExitCode {
         qemu_cannot_get_out_of_its_jail,
         qemu_reaches_no_socket_of_the_host_by_its_uplink,
         qemu_has_no_more_threads_than_its_jail_gives_it,
+        relay_that_was_taken_over_reaches_the_gateways_and_nobody_else,
         jailed_processes_are_confined_and_stay_apart,
         garbage_of_the_guest_stops_it,
         garbage_on_the_uplink_stops_the_guest,
@@ -262,6 +263,21 @@ fn qemu_reaches_no_socket_of_the_host_by_its_uplink() {
         assert_eq!(log.lines().filter(|line| line.starts_with("sent: ")).count(), 2, "{log}");
         assert_eq!(heard(), [false, false], "{log}");
     }
+}
+
+fn relay_that_was_taken_over_reaches_the_gateways_and_nobody_else() {
+    let stranger = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    stranger.set_nonblocking(true).unwrap();
+    let name = format!("{}{}", stub::TAKEN_OVER, stranger.local_addr().unwrap().port());
+    let mut world = World::installed(&Setup::new("leased"));
+    std::os::unix::fs::symlink(own_program(), world.path(&name)).unwrap();
+    world.configure("relay", &format!("DIR/{name}"));
+    world.serve();
+    let ran = world.start();
+    ended(&ran, 1, "tried 10, not refused: []; gateway: Ok(32), answers: true");
+    assert_eq!(stopped(&world), ("uplink-failed".into(), false));
+    let heard = stranger.recv(&mut [0; 99]).unwrap_err();
+    assert_eq!(heard.kind(), std::io::ErrorKind::WouldBlock);
 }
 
 fn qemu_has_no_more_threads_than_its_jail_gives_it() {
