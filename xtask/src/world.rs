@@ -235,6 +235,15 @@ fn has_range() -> bool {
     quietly(Command::new("unshare").args(USERS).arg(RANGE).arg("true")).is_ok()
 }
 
+/// Gives the employee's PC the address `to` on its LAN in place of `from`, as another router would. In between it
+/// has no way out.
+pub(crate) fn move_home(from: &str, to: &str) -> Result<()> {
+    let home = Host::Home;
+    home.ip(&format!("address del {from}/24 dev {HOME_LINK}"))?;
+    home.ip(&format!("address add {to}/24 dev {HOME_LINK}"))?;
+    home.ip(&format!("route add default via {LAN_NEIGHBOUR}"))
+}
+
 /// Makes the three hosts and their links. Call it once, inside.
 pub(crate) fn make() -> Result<()> {
     quietly(Command::new("mount").args(["-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"]))?;

@@ -4,7 +4,8 @@
 //! ```text
 //! kontord.service      the delegated directory; systemd marks it by the attribute user.delegate = 1
 //! ├── kontord          kontord, which must not be where controllers are handed out
-//! └── qemu             one QEMU and its jailer, while there is one
+//! ├── qemu             the work VM's QEMU and its jailer, while there is one
+//! └── trial            those of a trial of KVM, while there is one
 //! ```
 //!
 //! The mark is asked for, and not whether the directory can be written: to root every one can.
@@ -17,11 +18,11 @@ use std::{
 
 /// Where kontord itself goes.
 const OWN: &str = "kontord";
-const QEMU: &str = "qemu";
 /// How long the processes of a group may take to be gone after they were killed.
 const EMPTIED: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
-/// Processes and threads of QEMU and its jailer: its processors, and 64 at most that read the disk.
-const TASKS_MAX: u32 = 128;
+/// Processes and threads of QEMU and its jailer: its processors, and 64 at most that read the disk. The jail
+/// itself has the same limit.
+pub(crate) const TASKS_MAX: u64 = 128;
 /// The time in which a processor's share is counted, in microseconds.
 const PERIOD_US: u64 = 100_000;
 
@@ -41,11 +42,31 @@ pub(crate) struct Share {
     pub(crate) cpus: usize,
 }
 
+/// Whose QEMU a group is for. There is one of each at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    WorkVm,
+    /// What KVM is tried with. A work VM may be started, or run, meanwhile.
+    Trial,
+}
+
+impl Place {
+    const ALL: [Self; 2] = [Self::WorkVm, Self::Trial];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::WorkVm => "qemu",
+            Self::Trial => "trial",
+        }
+    }
+}
+
 /// A control group that goes when this is dropped, with whatever is still in it.
 #[derive(Debug)]
 pub(crate) struct Group {
     path: PathBuf,
     limits_cpu: bool,
+    limits_tasks: bool,
 }
 
 impl Delegated {
@@ -80,19 +101,19 @@ impl Delegated {
             make(&below)?;
             fs::write(below.join("cgroup.procs"), std::process::id().to_string())?;
         }
-        remove(&root.join(QEMU))?;
+        Place::ALL.iter().try_for_each(|place| remove(&root.join(place.name())))?;
         let wanted = [("+memory", true), (" +cpu", delegated.cpu), (" +pids", delegated.tasks)];
         let wanted: String = wanted.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect();
         fs::write(root.join("cgroup.subtree_control"), wanted)?;
         Ok(Some(delegated))
     }
 
-    /// A group for one QEMU; of one that is still there nothing is left.
-    pub(crate) fn group(&self, share: Share) -> io::Result<Group> {
-        let path = self.root.join(QEMU);
+    /// A group for the QEMU of `place`; of one that is still there nothing is left.
+    pub(crate) fn group(&self, place: Place, share: Share) -> io::Result<Group> {
+        let path = self.root.join(place.name());
         remove(&path)?;
         make(&path)?;
-        let group = Group { path, limits_cpu: self.cpu };
+        let group = Group { path, limits_cpu: self.cpu, limits_tasks: self.tasks };
         let set = |file: &str, value: String| fs::write(group.path.join(file), value);
         set("memory.max", share.memory_bytes.to_string())?;
         // What the guest has in memory is not written to the PC's disk.
@@ -117,6 +138,11 @@ impl Group {
     /// Whether it limits the processor too.
     pub(crate) fn limits_cpu(&self) -> bool {
         self.limits_cpu
+    }
+
+    /// Whether it limits the number of tasks.
+    pub(crate) fn limits_tasks(&self) -> bool {
+        self.limits_tasks
     }
 }
 
@@ -223,15 +249,19 @@ mod tests {
         let delegated = Delegated::at(dir.path(), |path| path == dir.path()).unwrap().unwrap();
         assert_eq!(read("kontord/cgroup.procs"), std::process::id().to_string());
         assert_eq!(read("cgroup.subtree_control"), "+memory +cpu +pids");
-        let group = delegated.group(Share { memory_bytes: 3 << 20, cpus: 2 }).unwrap();
-        assert!(group.limits_cpu());
+        let group = delegated.group(Place::WorkVm, Share { memory_bytes: 3 << 20, cpus: 2 }).unwrap();
+        // A trial is beside it and takes nothing from it.
+        let trial = delegated.group(Place::Trial, Share { memory_bytes: 1 << 20, cpus: 1 }).unwrap();
+        assert!(group.limits_cpu() && trial.limits_cpu() && group.limits_tasks());
         for (file, value) in [
-            ("memory.max", "3145728"),
-            ("memory.swap.max", "0"),
-            ("cpu.max", "200000 100000"),
-            ("pids.max", "128"),
+            ("qemu/memory.max", "3145728"),
+            ("qemu/memory.swap.max", "0"),
+            ("qemu/cpu.max", "200000 100000"),
+            ("qemu/pids.max", "128"),
+            ("trial/memory.max", "1048576"),
+            ("trial/cpu.max", "100000 100000"),
         ] {
-            assert_eq!(read(&format!("qemu/{file}")), value, "{file}");
+            assert_eq!(read(file), value, "{file}");
         }
     }
 
@@ -243,8 +273,8 @@ mod tests {
         let delegated = Delegated::at(&own, |path| path == dir.path()).unwrap().unwrap();
         assert!(!own.exists());
         assert_eq!(fs::read_to_string(dir.path().join("cgroup.subtree_control")).unwrap(), "+memory");
-        let group = delegated.group(Share { memory_bytes: 1, cpus: 1 }).unwrap();
-        assert!(!group.limits_cpu() && !dir.path().join("qemu/cpu.max").exists());
+        let group = delegated.group(Place::WorkVm, Share { memory_bytes: 1, cpus: 1 }).unwrap();
+        assert!(!group.limits_cpu() && !group.limits_tasks() && !dir.path().join("qemu/cpu.max").exists());
     }
 
     #[test]
@@ -275,12 +305,12 @@ mod tests {
     #[test]
     fn group_of_the_kernel_is_entered_and_removed_with_what_is_in_it() {
         let Some((path, has_memory)) = real() else { return };
-        let below = path.join(QEMU);
+        let below = path.join(Place::WorkVm.name());
         fs::create_dir(&below).unwrap();
         assert!(!is_delegated(&path));
         let marked = rustix::fs::setxattr(&path, "user.delegate", b"1", rustix::fs::XattrFlags::empty());
         assert_eq!(is_delegated(&path), marked.is_ok());
-        let group = Group { path: below.clone(), limits_cpu: false };
+        let group = Group { path: below.clone(), limits_cpu: false, limits_tasks: false };
         let mut command = Command::new("cat");
         command.stdin(Stdio::piped());
         crate::sys::confine(&mut command, 3, Some(group.door().unwrap()));
@@ -296,7 +326,7 @@ mod tests {
         if has_memory && marked.is_ok() {
             let delegated = Delegated { root: path.clone(), cpu: false, tasks: false };
             fs::write(path.join("cgroup.subtree_control"), "+memory").unwrap();
-            let group = delegated.group(Share { memory_bytes: 64 << 20, cpus: 1 }).unwrap();
+            let group = delegated.group(Place::WorkVm, Share { memory_bytes: 64 << 20, cpus: 1 }).unwrap();
             assert_eq!(fs::read_to_string(below.join("memory.max")).unwrap().trim(), "67108864");
             drop(group);
         } else {

@@ -110,6 +110,8 @@ pub struct Daemon {
     user_mode: bool,
     delegated: Option<Delegated>,
     life: Mutex<Life>,
+    /// Held by whoever tries KVM, a start or the doctor: what one finds out the next need not try.
+    trying: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -133,7 +135,7 @@ impl Daemon {
     /// A service without a machine; `delegated` is where control groups may be made.
     #[must_use]
     pub fn new(config: Config, store: Store, user_mode: bool, delegated: Option<Delegated>) -> Self {
-        Self { config, store, user_mode, delegated, life: Mutex::new(Life::Idle) }
+        Self { config, store, user_mode, delegated, life: Mutex::new(Life::Idle), trying: Mutex::new(()) }
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -273,15 +275,30 @@ impl Daemon {
     /// Whether KVM runs a guest. Tried once in each boot of the host, and again after a while if nothing
     /// came of it.
     async fn kvm_works(&self, plan: &Plan) -> Result<bool, StartError> {
-        let known = self.store.kvm_verdict().filter(|verdict| verdict.stands(uptime_s()));
-        let trial = match known {
+        let known = || self.store.kvm_verdict().filter(|verdict| verdict.stands(uptime_s()));
+        let trial = match known() {
             Some(verdict) => verdict.trial,
-            None => self.try_kvm(&plan.ready).await?,
+            None => self.try_kvm(&plan.ready, known).await?,
         };
         Ok(trial == Trial::Works)
     }
 
-    async fn try_kvm(&self, ready: &Ready) -> Result<Trial, StartError> {
+    /// Tries KVM, unless `known` has a verdict by the time that nobody else tries.
+    async fn try_kvm(
+        &self,
+        ready: &Ready,
+        known: impl Fn() -> Option<KvmVerdict>,
+    ) -> Result<Trial, StartError> {
+        let _one_at_a_time = match self.trying.try_lock() {
+            Ok(first) => first,
+            Err(_) => {
+                tracing::debug!("a trial of KVM is waited for");
+                self.trying.lock().await
+            }
+        };
+        if let Some(verdict) = known() {
+            return Ok(verdict.trial);
+        }
         let jailer = self.config.jail()?;
         let trial = vm::kvm_runs_a_guest(&jailer, &self.config.qemu, self.delegated.as_ref(), ready).await?;
         tracing::info!(?trial, "KVM was tried with a guest");
@@ -292,14 +309,17 @@ impl Daemon {
 
     /// For the doctor: tries KVM unless it is known to work, or a machine runs, which the trial would compete with.
     pub(crate) async fn try_kvm_again(&self) -> Result<(), StartError> {
-        let known = self.store.kvm_verdict().is_some_and(|verdict| verdict.trial == Trial::Works);
-        if known || self.is_alive().await || Accelerator::best(&self.config.kvm).is_emulation() {
+        let before = self.store.kvm_verdict();
+        let works = before.is_some_and(|verdict| verdict.trial == Trial::Works);
+        if works || self.is_alive().await || Accelerator::best(&self.config.kvm).is_emulation() {
             return Ok(());
         }
         let (config, store) = (self.config.clone(), self.store.clone());
         let opening = tokio::task::spawn_blocking(move || slots::open(&store, &config.release_root));
         let ready = opening.await.map_err(|error| VmError::Channels(io::Error::other(error)))??;
-        self.try_kvm(&ready).await.map(|_| ())
+        // Whatever was found out since then is fresh enough.
+        let known = || self.store.kvm_verdict().filter(|verdict| Some(*verdict) != before);
+        self.try_kvm(&ready, known).await.map(|_| ())
     }
 
     /// The machine that was started last.

@@ -18,11 +18,13 @@ use tokio::{
     io::AsyncReadExt,
     net::UnixStream,
     process::{Child, ChildStderr},
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
 
 /// How long it may take to make a jail.
 const ENTERED: Duration = Duration::from_secs(20);
+/// How long a jailer may take to say its last words and end, once it was told to.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Most bytes of what the jailer reports: a process id and a line's end.
 const REPORT_MAX: usize = 16;
 /// What the jailer ends with where there is no jail.
@@ -54,6 +56,8 @@ pub(crate) struct Inmate {
 pub(crate) struct Limits {
     /// Descriptors.
     pub(crate) files: u64,
+    /// Threads, the jailer's one among them.
+    pub(crate) threads: u64,
     /// Address space in bytes; `None` where a control group limits the memory.
     pub(crate) address_space: Option<u64>,
 }
@@ -67,6 +71,8 @@ pub struct JailNote {
     pub memory_mib: u64,
     /// How many processors it may keep busy; `None` where nothing limits that.
     pub cpus: Option<usize>,
+    /// How many threads it and its jailer may have; `None` where nothing limits that.
+    pub threads: Option<u64>,
 }
 
 /// A jailed program and its jailer.
@@ -75,6 +81,8 @@ pub(crate) struct Jailed {
     jailer: Child,
     /// When this closes, the jailer ends the program.
     line: Option<UnixStream>,
+    /// When a jailer that was told to end, and has not, is killed. It may hang before it ever looks at the line.
+    killed_at: Option<Instant>,
     /// Where both are.
     group: Option<Group>,
 }
@@ -104,7 +112,8 @@ impl Jailed {
             command.args(["--memory", &bytes.to_string()]);
         }
         command
-            .args(["--files", &inmate.limits.files.to_string(), "--"])
+            .args(["--files", &inmate.limits.files.to_string()])
+            .args(["--threads", &inmate.limits.threads.to_string(), "--"])
             .arg(find(&inmate.program)?)
             .args(inmate.arguments)
             .env_clear()
@@ -117,7 +126,8 @@ impl Jailed {
         let door = inmate.group.as_ref().map(Group::door).transpose()?;
         sys::confine(&mut command, report_at + 1, door);
         let jailer = tokio::process::Command::from(command).kill_on_drop(true).spawn()?;
-        Ok(Self { jailer, line: Some(UnixStream::from_std(line)?), group: inmate.group })
+        let line = Some(UnixStream::from_std(line)?);
+        Ok(Self { jailer, line, killed_at: None, group: inmate.group })
     }
 
     /// Waits until the program runs; its process id, or `None` when there is none: then the jailer ends
@@ -139,13 +149,22 @@ impl Jailed {
         self.jailer.stderr.take()
     }
 
-    /// Has the program ended at once; [`wait`](Self::wait) then tells of its end.
+    /// Has the program ended at once; [`wait`](Self::wait) then tells of its end. A jailer that is about to say
+    /// why there is no program has [`LAST_WORDS`] for it.
     pub(crate) fn kill(&mut self) {
         self.line = None;
+        self.killed_at.get_or_insert_with(|| Instant::now() + LAST_WORDS);
     }
 
     /// Waits for the end; the jailer ends as the program did.
     pub(crate) async fn wait(&mut self) -> io::Result<ExitStatus> {
+        if let Some(killed_at) = self.killed_at
+            && timeout_at(killed_at, self.jailer.wait()).await.is_err()
+        {
+            tracing::warn!("a jailer does not end and is killed");
+            // What it started dies with it.
+            self.jailer.start_kill()?;
+        }
         let status = self.jailer.wait().await;
         // What the jailer could not take with it ends here.
         self.group = None;
@@ -156,8 +175,10 @@ impl Jailed {
 #[cfg(test)]
 impl Jailed {
     /// A program in the jailer's place.
-    pub(crate) fn unjailed(program: &str) -> Self {
-        Self { jailer: tokio::process::Command::new(program).spawn().unwrap(), line: None, group: None }
+    pub(crate) fn unjailed(words: &[&str]) -> Self {
+        let mut command = tokio::process::Command::new(words[0]);
+        let jailer = command.args(&words[1..]).stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        Self { jailer, line: None, killed_at: None, group: None }
     }
 }
 

@@ -32,6 +32,7 @@ pub mod host;
 mod jail;
 pub mod lease;
 mod lines;
+mod links;
 pub mod office;
 mod probe;
 pub mod qemu;

@@ -10,7 +10,7 @@
 //! ```
 
 use crate::{
-    control_group::{Delegated, Group, Share},
+    control_group::{Delegated, Group, Place, Share, TASKS_MAX},
     host::Accelerator,
     jail::{Inmate, JailNote, Jailed, Limits, Profile},
 };
@@ -228,7 +228,7 @@ pub(crate) fn start(
         Accelerator::Tcg => Profile::Qemu,
     };
     let address_space = group.is_none().then(|| machine.most_memory_mib() << 20);
-    let limits = Limits { files: FILES_MAX, address_space };
+    let limits = Limits { files: FILES_MAX, threads: TASKS_MAX, address_space };
     let descriptors = inherited.numbered();
     let inmate = Inmate { profile, program: program.into(), arguments, descriptors, limits, group };
     Jailed::start(jailer, inmate)
@@ -244,13 +244,15 @@ impl Machine {
     pub(crate) fn jail(&self, group: Option<&Group>) -> JailNote {
         let limit = if group.is_some() { "cgroup" } else { "address-space" };
         let cpus = group.filter(|group| group.limits_cpu()).map(|_| self.cpus);
-        JailNote { limit: limit.into(), memory_mib: self.most_memory_mib(), cpus }
+        let limited = group.is_some_and(Group::limits_tasks) || kontor_jail::counts_threads_apart();
+        let threads = limited.then_some(TASKS_MAX);
+        JailNote { limit: limit.into(), memory_mib: self.most_memory_mib(), cpus, threads }
     }
 
     /// A control group for it. Where none can be made, the address space is limited instead.
-    pub(crate) fn group(&self, delegated: Option<&Delegated>) -> Option<Group> {
+    pub(crate) fn group(&self, delegated: Option<&Delegated>, place: Place) -> Option<Group> {
         let share = Share { memory_bytes: self.most_memory_mib() << 20, cpus: self.cpus };
-        let made = delegated?.group(share);
+        let made = delegated?.group(place, share);
         made.inspect_err(|error| tracing::warn!(%error, "QEMU gets no control group")).ok()
     }
 }

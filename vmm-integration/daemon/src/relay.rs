@@ -2,16 +2,24 @@
 
 use crate::{
     jail::{Inmate, Jailed, Limits, NO_JAIL, Profile},
+    links::{Links, Watch},
     session::Input,
     tail::{clean, last_words},
 };
-use kontor_relay::message::{self, Counters, FromDaemon, FromRelay, MAX_MESSAGE, MessageError};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, socketpair, sockopt};
+use kontor_relay::message::{self, Counters, FromDaemon, FromRelay, MAX_GATEWAYS, MAX_MESSAGE, MessageError};
+use rustix::{
+    cmsg_space,
+    net::{
+        AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+        sendmsg, socketpair,
+    },
+};
 use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    net::SocketAddr,
     os::{
-        fd::{OwnedFd, RawFd},
+        fd::{BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixDatagram as StdUnixDatagram,
     },
     path::{Path, PathBuf},
@@ -19,6 +27,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    io::Interest,
     net::UnixDatagram,
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -27,15 +36,13 @@ use tokio::{
 
 const UPLINK: RawFd = 3;
 const CONTROL: RawFd = 4;
-const UDP4: RawFd = 5;
-const UDP6: RawFd = 6;
 
 /// Descriptors while the relay's program is loaded; it lowers this itself.
-const FILES_MAX: u64 = 16;
+const FILES_MAX: u64 = 32;
+/// Threads: its own and its jailer's.
+const THREADS_MAX: u64 = 2;
 /// Address space: its buffers, its libraries.
 const ADDRESS_SPACE: u64 = 256 << 20;
-/// Bytes that the kernel may hold for each UDP socket and direction, as far as the host allows.
-const UDP_BUFFER: usize = 2 << 20;
 /// From its start to `Ready`.
 const START: Duration = Duration::from_secs(10);
 /// From `Shutdown` to its end.
@@ -44,9 +51,9 @@ const END: Duration = Duration::from_secs(3);
 /// Why there is no relay.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayStartError {
-    /// Its sockets.
-    #[error("open the relay's sockets")]
-    Sockets(#[source] io::Error),
+    /// The channel to it.
+    #[error("make the relay's channel")]
+    Channel(#[source] io::Error),
     /// Its program.
     #[error("start the relay {program}")]
     Program {
@@ -90,13 +97,8 @@ impl Relay {
         program: &Path,
         uplink: OwnedFd,
     ) -> Result<Self, RelayStartError> {
-        let (control, theirs) = control_pair().map_err(RelayStartError::Sockets)?;
-        let udp4 =
-            udp(AddressFamily::INET, Ipv4Addr::UNSPECIFIED.into()).map_err(RelayStartError::Sockets)?;
-        // A host without IPv6 has no such socket.
-        let udp6 = udp(AddressFamily::INET6, Ipv6Addr::UNSPECIFIED.into()).ok();
-        let mut descriptors = vec![(uplink, UPLINK), (theirs, CONTROL), (udp4, UDP4)];
-        descriptors.extend(udp6.map(|socket| (socket, UDP6)));
+        let (control, theirs) = control_pair().map_err(RelayStartError::Channel)?;
+        let descriptors = vec![(uplink, UPLINK), (theirs, CONTROL)];
         let source = |source| RelayStartError::Program { program: program.into(), source };
         let mut child = spawn(jailer, program, descriptors).map_err(source)?;
         let pid = child.entered().await;
@@ -128,15 +130,30 @@ impl Relay {
         inputs: mpsc::Sender<Input>,
         counters: watch::Sender<Option<Counters>>,
     ) {
+        let (mut links, mut watch) = (Links::default(), Watch::new());
         loop {
             let heard = tokio::select! {
                 heard = self.hear() => heard,
                 order = orders.recv() => {
-                    let last = matches!(order, Some(Order::Shutdown) | None);
-                    self.tell(order.unwrap_or(Order::Shutdown)).await;
-                    if last {
-                        orders.close();
-                        break;
+                    match order {
+                        Some(Order::Gateways(gateways)) => {
+                            if links.want(gateways) {
+                                self.hand(&links).await;
+                            }
+                        }
+                        Some(Order::Report) => self.tell(&FromDaemon::Report, &[]).await,
+                        Some(Order::Shutdown) | None => {
+                            self.tell(&FromDaemon::Shutdown, &[]).await;
+                            orders.close();
+                            break;
+                        }
+                    }
+                    continue;
+                }
+                () = watch.changed() => {
+                    if links.look_again() {
+                        tracing::info!("the network has changed, and the relay gets other sockets");
+                        self.hand(&links).await;
                     }
                     continue;
                 }
@@ -164,19 +181,31 @@ impl Relay {
         }
     }
 
-    async fn tell(&self, order: Order) {
-        let message = match order {
-            Order::Gateways(table) => FromDaemon::Gateways(table),
-            Order::Report => FromDaemon::Report,
-            Order::Shutdown => FromDaemon::Shutdown,
-        };
-        let sent = match message::encode(&message) {
-            Ok(packet) => self.control.send(&packet).await.map(|_| ()),
+    async fn hand(&self, links: &Links) {
+        self.tell(&FromDaemon::Gateways(links.table()), &links.sockets()).await;
+    }
+
+    async fn tell(&self, message: &FromDaemon, sockets: &[BorrowedFd<'_>]) {
+        let sent = match message::encode(message) {
+            Ok(packet) => self.send(&packet, sockets).await,
             Err(error) => Err(io::Error::other(error)),
         };
         if let Err(error) = sent {
             tracing::debug!(%error, "the relay does not listen any more");
         }
+    }
+
+    async fn send(&self, packet: &[u8], sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let attempt = || {
+            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_GATEWAYS))];
+            let mut rights = SendAncillaryBuffer::new(&mut space);
+            if !sockets.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(sockets)) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            Ok(sendmsg(&self.control, &[IoSlice::new(packet)], &mut rights, flags).map(drop)?)
+        };
+        self.control.async_io(Interest::WRITABLE, attempt).await
     }
 
     /// What the relay says next, `None` once it has closed the channel.
@@ -230,25 +259,9 @@ fn control_pair() -> io::Result<(UnixDatagram, OwnedFd)> {
     Ok((UnixDatagram::from_std(StdUnixDatagram::from(ours))?, theirs))
 }
 
-/// A socket that any gateway can be reached through. A v6 socket carries v6 only.
-fn udp(family: AddressFamily, address: IpAddr) -> io::Result<OwnedFd> {
-    let socket = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    if address.is_ipv6() {
-        sockopt::set_ipv6_v6only(&socket, true)?;
-    }
-    for set in [sockopt::set_socket_recv_buffer_size, sockopt::set_socket_send_buffer_size] {
-        set(&socket, UDP_BUFFER)?;
-    }
-    bind(&socket, &SocketAddr::new(address, 0))?;
-    Ok(socket)
-}
-
 fn spawn(jailer: &Path, program: &Path, descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Jailed> {
-    let udp6 = descriptors.iter().any(|(_, fd)| *fd == UDP6).then_some(["--udp6", "6"]);
-    let line =
-        ["--uplink", "3", "--control", "4", "--udp4", "5"].into_iter().chain(udp6.into_iter().flatten());
-    let arguments = line.map(Into::into).collect();
-    let limits = Limits { files: FILES_MAX, address_space: Some(ADDRESS_SPACE) };
+    let arguments = ["--uplink", "3", "--control", "4"].map(Into::into).to_vec();
+    let limits = Limits { files: FILES_MAX, threads: THREADS_MAX, address_space: Some(ADDRESS_SPACE) };
     let profile = Profile::Relay;
     let inmate = Inmate { profile, program: program.into(), arguments, descriptors, limits, group: None };
     Jailed::start(jailer, inmate)
@@ -261,9 +274,9 @@ mod tests {
     #[tokio::test]
     async fn last_words_of_a_relay_that_did_not_read_all_are_heard() {
         let (control, theirs) = control_pair().unwrap();
-        let child = Jailed::unjailed("true");
+        let child = Jailed::unjailed(&["true"]);
         let relay = Relay { child, control, words: tokio::spawn(async { String::new() }) };
-        relay.tell(Order::Report).await;
+        relay.tell(&FromDaemon::Report, &[]).await;
         let last = FromRelay::Counters(Counters::default());
         rustix::net::send(&theirs, &message::encode(&last).unwrap(), rustix::net::SendFlags::empty())
             .unwrap();

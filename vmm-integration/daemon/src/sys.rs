@@ -1,5 +1,5 @@
-//! The one place with unsafe code: what is done in a child process before it becomes its program, and a
-//! question to the kernel that no safe interface has.
+//! The one place with unsafe code: what is done in a child process before it becomes its program, and
+//! what no safe interface has: a question to the kernel, the runtime's watch over a descriptor.
 
 use libc::{CLOSE_RANGE_CLOEXEC, c_int, close_range};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
@@ -8,9 +8,13 @@ use std::{
     ffi::c_void,
     fs::File,
     io,
-    os::{fd::RawFd, unix::process::CommandExt},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
     process::Command,
 };
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// Lets the child die with this process, and takes privileges by exec from it. It keeps the descriptors below
 /// `first_closed`. The signal of death is tied to the *thread* that starts the child, so children are
@@ -47,6 +51,13 @@ fn tie(parent: Pid) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // The parent may have died before the line above.
     if getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+}
+
+/// A descriptor in non-blocking mode of which the runtime tells when there is something to read.
+pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open, and the same descriptor, for as long as it lives; it is moved into the value
+    // and shared by nobody.
+    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }.map_err(io::Error::from)
 }
 
 /// Asks the device of KVM for the version of its interface.

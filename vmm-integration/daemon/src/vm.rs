@@ -16,7 +16,7 @@ mod machine;
 mod trial;
 
 use crate::{
-    control_group::Delegated,
+    control_group::{Delegated, Place},
     exit::Exit,
     lease::Asker,
     office::LeaseSource,
@@ -105,6 +105,9 @@ pub enum VmError {
     /// QEMU's jail.
     #[error("QEMU cannot be jailed, and Kontor starts it no other way: {0}")]
     NoJail(String),
+    /// Somebody wanted it stopped before QEMU ran.
+    #[error("the work VM was stopped before it ran")]
+    Stopped,
     /// QEMU.
     #[error("start QEMU ({program}); is it installed?")]
     Qemu {
@@ -132,6 +135,7 @@ impl VmError {
             {
                 Exit::HostLacks
             }
+            Self::Stopped => Exit::Ok,
             Self::Channels(_)
             | Self::ConsoleLog { .. }
             | Self::Tap { .. }
@@ -169,7 +173,7 @@ pub async fn run<O: LeaseSource>(
     status: &watch::Sender<Status>,
 ) -> Result<(), VmError> {
     let verity_root = plan.ready.manifest.image.verity.root_hash.0;
-    let group = plan.machine.group(plan.delegated.as_ref());
+    let group = plan.machine.group(plan.delegated.as_ref(), Place::WorkVm);
     status.send_modify(|status| {
         status.accel = Some(plan.machine.accelerator);
         status.jail = Some(plan.machine.jail(group.as_ref()));
@@ -179,7 +183,11 @@ pub async fn run<O: LeaseSource>(
     });
     let (inputs_tx, mut inputs) = mpsc::channel(INPUTS_MAX);
     let times = plan.times;
-    let mut vm = Vm::start(plan, group, inputs_tx.clone()).await?;
+    let mut vm = tokio::select! {
+        vm = Vm::start(plan, group, inputs_tx.clone()) => vm?,
+        // What was started ends with the start that is given up here.
+        () = stopped(&mut commands) => return Err(VmError::Stopped),
+    };
     let qemu_at = vm.qemu_begun().saturating_duration_since(started);
     status.send_modify(|status| status.qemu_at_ms = Some(milliseconds(qemu_at)));
     let mut session = Session::new(times, verity_root, started.elapsed());
@@ -242,6 +250,11 @@ pub async fn run<O: LeaseSource>(
         tracing::info!(reason = stop.reason.name(), witness = ?stop.witness, detail = stop.detail, "the work VM ended");
     }
     Ok(())
+}
+
+/// Resolves when somebody wants no machine any more. There is nothing to refresh yet.
+async fn stopped(commands: &mut mpsc::Receiver<Command>) {
+    while let Some(Command::Refresh(_)) = commands.recv().await {}
 }
 
 fn publish(session: &Session, counters: Option<Counters>, status: &watch::Sender<Status>) {

@@ -48,6 +48,22 @@ impl JailError {
     }
 }
 
+/// Whether RLIMIT_NPROC holds for the threads of one jail: from Linux 5.14 on they are counted for each user
+/// namespace (kernel commit 21d1c5e386bc). Before, all threads of the uid on the host count together, and a
+/// limit that is low enough for a jail would be reached by what else that user runs.
+#[must_use]
+pub fn counts_threads_apart() -> bool {
+    is_since_5_14(&rustix::system::uname().release().to_string_lossy())
+}
+
+fn is_since_5_14(release: &str) -> bool {
+    let digits =
+        |word: &str| word.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>();
+    let mut words = release.split('.');
+    let (Some(major), Some(minor)) = (words.next(), words.next()) else { return false };
+    matches!((digits(major), digits(minor)), (Ok(major), Ok(minor)) if (major, minor) >= (5, 14))
+}
+
 /// An error with all its causes, as one line.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
@@ -77,4 +93,19 @@ pub fn seal_relay(files: u64) -> Result<(), JailError> {
     let filter = Filter::new(seccomp::RELAY);
     sys::install(&filter, sys::Exec::Never).map_err(JailError::at("filter system calls"))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_counted_apart_since_linux_5_14() {
+        for release in ["5.14.0", "5.14.0-362.el9.x86_64", "6.1.0-13-amd64", "6.18", "10.0-rc1"] {
+            assert!(is_since_5_14(release), "{release}");
+        }
+        for release in ["5.13.19", "5.4.0-200-generic", "4.18.0", "5", "", "x.y.z", "5.x"] {
+            assert!(!is_since_5_14(release), "{release}");
+        }
+    }
 }

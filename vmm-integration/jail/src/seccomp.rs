@@ -10,20 +10,22 @@
 
 use libc::c_long;
 
-/// What a system call's arguments may be. Only the low 32 bits of an argument are looked at, so only
-/// arguments are listed of which the kernel takes no more.
+/// What a system call's arguments may be.
 #[derive(Debug, Clone, Copy)]
 pub enum Arguments {
     /// Anything.
     Any,
-    /// The argument of this number is one of these values.
+    /// The argument of this number is one of these values. Only the low 32 bits of it are looked at, so only
+    /// arguments are listed of which the kernel takes no more.
     OneOf(u8, &'static [u32]),
+    /// The argument of this number is a null pointer.
+    Null(u8),
 }
 
 /// One line of a list.
 pub type Line = (c_long, Arguments);
 
-use Arguments::{Any, OneOf};
+use Arguments::{Any, Null, OneOf};
 
 /// Flags with which the C library starts a thread: the same memory, files, signals and process.
 const THREAD: u32 = 0x003d_0f00;
@@ -239,7 +241,9 @@ pub const QEMU_KVM_IOCTL: Line = (
     ),
 );
 
-/// What the relay needs once it runs: its sockets, time, and memory for its tables.
+/// What the relay needs once it runs: its sockets, time, and memory for its tables. It names no address: not to
+/// `sendto`, not by an option of a socket (a source route is one), and not to `sendmsg` and `sendmmsg`, whose
+/// address lies behind a pointer and is seen by no filter. So its sockets send to where they were connected.
 pub const RELAY: &[Line] = &[
     (libc::SYS_read, Any),
     (libc::SYS_readv, Any),
@@ -248,11 +252,8 @@ pub const RELAY: &[Line] = &[
     (libc::SYS_recvfrom, Any),
     (libc::SYS_recvmsg, Any),
     (libc::SYS_recvmmsg, Any),
-    (libc::SYS_sendto, Any),
-    (libc::SYS_sendmsg, Any),
-    (libc::SYS_sendmmsg, Any),
+    (libc::SYS_sendto, Null(4)),
     (libc::SYS_getsockopt, Any),
-    (libc::SYS_setsockopt, Any),
     (libc::SYS_getsockname, Any),
     (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFD as u32, libc::F_GETFL as u32, libc::F_SETFL as u32])),
     (libc::SYS_ioctl, OneOf(1, &[libc::FIONBIO as u32])),
@@ -338,7 +339,7 @@ impl Filter {
                 }
                 OneOf(argument, values) => {
                     // Behind the number's test: load, two steps for each value, the refusal.
-                    let mut body = vec![step(LOAD, ARGUMENTS_AT + 8 * u32::from(*argument), 0, 0)];
+                    let mut body = vec![step(LOAD, low_half(*argument), 0, 0)];
                     for value in *values {
                         body.push(step(IF_EQUAL, *value, 0, 1));
                         body.push(step(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0));
@@ -350,6 +351,15 @@ impl Filter {
                     program.push(step((libc::BPF_JMP | libc::BPF_JA) as u16, over, 0, 0));
                     program.extend(body);
                 }
+                Null(argument) => program.extend([
+                    step(IF_EQUAL, number(*call), 0, 6),
+                    step(LOAD, low_half(*argument), 0, 0),
+                    step(IF_EQUAL, 0, 0, 3),
+                    step(LOAD, low_half(*argument) + 4, 0, 0),
+                    step(IF_EQUAL, 0, 0, 1),
+                    step(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
+                    step(RETURN, REFUSED, 0, 0),
+                ]),
             }
         }
         program.push(step(RETURN, REFUSED, 0, 0));
@@ -366,6 +376,11 @@ impl Filter {
         program.extend(last);
         Self { program }
     }
+}
+
+/// Where the low 32 bits of an argument stand; the high ones stand behind them.
+fn low_half(argument: u8) -> u32 {
+    ARGUMENTS_AT + 8 * u32::from(argument)
 }
 
 fn number(call: c_long) -> u32 {

@@ -1,16 +1,12 @@
 //! From the gateways to the guest: what comes at once goes in trains, where it fits together. A buffer of
 //! [`BUFFER_MAX`] bytes; what does not fit is dropped, as any router would.
 
-use crate::{
-    gateways::Table,
-    message::Down,
-    socket::{Datagrams, Sockets},
-};
+use crate::{gateways::Table, message::Down};
 use kontor_wire::{
     uplink::{GatewayId, HEADER_LEN, MAX_FRAME, PORT_PREFIX_LEN, Packer, RELAY_TO_GUEST},
     wireguard::Shape,
 };
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::io::{Errno, writev};
 use std::{
     io::{self, IoSlice},
     os::unix::net::UnixDatagram,
@@ -50,23 +46,16 @@ impl DownPath {
         self.taken < self.frames.len()
     }
 
-    /// Receives at most `datagrams_max` datagrams from each socket.
-    pub(crate) fn receive<S: Datagrams>(
-        &mut self,
-        datagrams_max: usize,
-        table: &Table,
-        sockets: &Sockets<S>,
-    ) {
-        for socket in std::iter::once(&sockets.v4).chain(&sockets.v6) {
+    /// Receives at most `datagrams_max` datagrams from each gateway.
+    pub(crate) fn receive(&mut self, datagrams_max: usize, table: &Table) {
+        for link in table.links() {
             for _ in 0..datagrams_max {
                 // A socket reports here what an earlier datagram met (an ICMP message): that is no
                 // reason to stop, and neither is anything else short of having nothing left.
-                match socket.receive(&mut self.datagram) {
-                    Ok((length, source)) => match table.gateway(&source) {
-                        Some(gateway) => self.push(gateway, length),
-                        None => self.counters.wrong_source += 1,
-                    },
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                match link.receive(&mut self.datagram) {
+                    Ok(Some(length)) => self.push(link.gateway, length),
+                    Ok(None) => self.counters.wrong_source += 1,
+                    Err(Errno::AGAIN) => break,
                     Err(_) => {}
                 }
             }
@@ -121,11 +110,11 @@ impl DownPath {
             // Frames are pushed whole.
             let frame = &rest[..usize::from(u16::from_le_bytes(*prefix))];
             let parts = [IoSlice::new(&RELAY_TO_GUEST), IoSlice::new(frame)];
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match sendmsg(uplink, &parts, &mut SendAncillaryBuffer::default(), flags) {
+            // No `sendmsg`: its address is one that no filter sees, so the relay may not call it.
+            match writev(uplink, &parts) {
                 Ok(_) => self.taken += PORT_PREFIX_LEN + frame.len(),
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::NOBUFS) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::AGAIN | Errno::NOBUFS) => return Ok(()),
+                Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }

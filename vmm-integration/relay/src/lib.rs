@@ -2,12 +2,12 @@
 //! gateways, and datagrams of those gateways become uplink frames.
 //!
 //! ```text
-//! QEMU ──stream or datagrams── Relay ──UDP v4, v6── gateways        kontord ──SEQPACKET── Relay
+//! QEMU ──stream or packets── Relay ──UDP, connected── gateways        kontord ──SEQPACKET── Relay
 //! ```
 //!
 //! * [`message`]: what kontord and the relay say to each other.
-//! * [`Relay`]: the loop. It trusts kontord, and no byte of the guest or of the network: it knows no
-//!   address but the ones that kontord named, opens nothing, waits for no single peer, and its buffers
+//! * [`Relay`]: the loop. It trusts kontord, and no byte of the guest or of the network: it has no
+//!   socket but those that kontord connected, opens nothing, waits for no single peer, and its buffers
 //!   are made once.
 #![forbid(unsafe_code)]
 
@@ -22,4 +22,4 @@ mod up;
 pub use bucket::Rate;
 pub use gateways::TableError;
 pub use relay::{End, Limits, REFUSED_INITIATION, Relay, RelayError, Wires};
-pub use socket::{Datagrams, Uplink};
+pub use socket::Uplink;

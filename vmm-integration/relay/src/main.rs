@@ -1,16 +1,15 @@
-//! `kontor-relay --uplink 3 --control 4 --udp4 5 [--udp6 6]`: each number is a descriptor that kontord
-//! handed over. What kind of socket the uplink is, stream or packets, says the socket. Ends with 0 when it was
-//! told to or the virtual machine is gone, 3 when the guest broke the rules of the uplink, 2 on a wrong command
-//! line, 1 on anything else.
+//! `kontor-relay --uplink 3 --control 4`: each number is a descriptor that kontord handed over; the sockets to the
+//! gateways come later, on the second. What kind of socket the uplink is, stream or packets, says the socket. Ends with
+//! 0 when it was told to or the virtual machine is gone, 3 when the guest broke the rules of the uplink, 2 on a wrong
+//! command line, 1 on anything else.
 
-use kontor_relay::{End, Limits, Relay, Uplink, Wires};
+use kontor_relay::{End, Limits, Relay, Uplink, Wires, message::MAX_GATEWAYS};
 use rustix::{
     io::ioctl_fionbio,
     net::{SocketType, sockopt},
 };
 use std::{
     error::Error,
-    net::UdpSocket,
     os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
     process::ExitCode,
 };
@@ -19,9 +18,9 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 const NOT_VERIFIED: u8 = 3;
 
-/// Descriptors that `poll` is given at most. As the limit on open ones it keeps the relay from opening
-/// anything: every lower number is taken.
-const POLLED: u64 = 4;
+/// Numbers that descriptors may have: standard input, output and error, the two of the command line, and the
+/// sockets of a table while those of the one before are still open.
+const FILES_MAX: u64 = 5 + 2 * MAX_GATEWAYS as u64;
 
 fn main() -> ExitCode {
     let numbers = match Numbers::parse(std::env::args().skip(1)) {
@@ -46,20 +45,16 @@ fn main() -> ExitCode {
 struct Numbers {
     uplink: RawFd,
     control: RawFd,
-    udp4: RawFd,
-    udp6: Option<RawFd>,
 }
 
 impl Numbers {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, String> {
-        let [mut uplink, mut control, mut udp4, mut udp6] = [None::<RawFd>; 4];
+        let [mut uplink, mut control] = [None::<RawFd>; 2];
         let mut seen = Vec::new();
         while let Some(name) = words.next() {
             let place = match name.as_str() {
                 "--uplink" => &mut uplink,
                 "--control" => &mut control,
-                "--udp4" => &mut udp4,
-                "--udp6" => &mut udp6,
                 _ => return Err(format!("{name:?} is no option of the relay")),
             };
             let number = words.next().and_then(|word| word.parse().ok()).filter(|&fd: &RawFd| fd > 2);
@@ -70,12 +65,7 @@ impl Numbers {
             seen.push(number);
         }
         let must = |fd: Option<RawFd>, name| fd.ok_or_else(|| format!("{name} is missing"));
-        Ok(Self {
-            uplink: must(uplink, "--uplink")?,
-            control: must(control, "--control")?,
-            udp4: must(udp4, "--udp4")?,
-            udp6,
-        })
+        Ok(Self { uplink: must(uplink, "--uplink")?, control: must(control, "--control")? })
     }
 }
 
@@ -87,14 +77,10 @@ fn run(numbers: &Numbers) -> Result<End, Box<dyn Error>> {
         SocketType::SEQPACKET => Uplink::Ethernet(uplink.into()),
         _ => return Err("the uplink is a socket of another type".into()),
     };
-    let udp4 = UdpSocket::from(take(numbers.udp4)?);
-    udp4.set_nonblocking(true)?;
-    let udp6 = numbers.udp6.map(take).transpose()?.map(UdpSocket::from);
-    udp6.as_ref().map_or(Ok(()), |socket| socket.set_nonblocking(true))?;
     let control = take(numbers.control)?;
-    let relay = Relay::new(Wires { uplink, control, udp4, udp6 }, Limits::default());
-    // From here on it has its descriptors and nothing else.
-    kontor_jail::seal_relay(POLLED)?;
+    let relay = Relay::new(Wires { uplink, control }, Limits::default());
+    // From here on it has its descriptors, those that kontord sends, and nothing else.
+    kontor_jail::seal_relay(FILES_MAX)?;
     Ok(relay.run()?)
 }
 
@@ -119,23 +105,20 @@ mod tests {
 
     #[test]
     fn command_line_of_kontord_is_read() {
-        let numbers = Numbers { uplink: 3, control: 4, udp4: 5, udp6: Some(6) };
-        assert_eq!(parse("--uplink 3 --control 4 --udp4 5 --udp6 6"), Ok(numbers));
-        let numbers = Numbers { uplink: 3, control: 4, udp4: 5, udp6: None };
-        assert_eq!(parse("--uplink 3 --control 4 --udp4 5"), Ok(numbers));
+        assert_eq!(parse("--uplink 3 --control 4"), Ok(Numbers { uplink: 3, control: 4 }));
     }
 
     #[test]
     fn wrong_command_lines_are_refused() {
         for line in [
             "",
-            "--uplink 3 --control 4",
-            "--uplink 3 --control 3 --udp4 5",
-            "--uplink 3 --uplink 4 --control 5 --udp4 6",
-            "--uplink 2 --control 4 --udp4 5",
-            "--uplink x --control 4 --udp4 5",
-            "--uplink 3 --control 4 --udp4",
-            "--uplink 3 --control 4 --udp4 5 --tap 6",
+            "--uplink 3",
+            "--uplink 3 --control 3",
+            "--uplink 3 --uplink 4 --control 5",
+            "--uplink 2 --control 4",
+            "--uplink x --control 4",
+            "--uplink 3 --control",
+            "--uplink 3 --control 4 --tap 6",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

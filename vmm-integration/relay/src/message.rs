@@ -3,24 +3,32 @@
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
-/// Largest message in bytes: [`MAX_GATEWAYS`] with [`MAX_ENDPOINTS`] each need less than half of it.
+/// Largest message in bytes: [`MAX_GATEWAYS`] need less than half of it.
 pub const MAX_MESSAGE: usize = 2048;
 /// Most gateways in one table.
 pub const MAX_GATEWAYS: usize = 8;
-/// Most endpoints of one gateway.
-pub const MAX_ENDPOINTS: usize = 4;
 /// Most characters of [`FromRelay::Garbage`].
 pub const MAX_WORDS: usize = 200;
 
 /// What kontord says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromDaemon {
-    /// The gateways and their endpoints, best first; replaces the table.
-    Gateways(Vec<(u8, Vec<SocketAddr>)>),
+    /// The gateways; replaces the table. The packet brings a socket (SCM_RIGHTS) for each that has an endpoint,
+    /// in the same order.
+    Gateways(Vec<Gateway>),
     /// Asks for [`FromRelay::Counters`].
     Report,
     /// The relay ends.
     Shutdown,
+}
+
+/// A gateway, and the way to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gateway {
+    /// Its id in the bundle.
+    pub id: u8,
+    /// What its socket is connected to; `None` where the host has no way to it.
+    pub endpoint: Option<SocketAddr>,
 }
 
 /// What the relay says.
@@ -62,7 +70,7 @@ pub struct Up {
     pub above_rate: u64,
     /// Frames dropped: more handshake initiations than their own limit.
     pub initiations_above_rate: u64,
-    /// Datagrams dropped: the host's network refused them.
+    /// Datagrams dropped: the host's network refused them, or has no way to the gateway.
     pub send_failed: u64,
 }
 
@@ -73,7 +81,7 @@ pub struct Down {
     pub datagrams: u64,
     /// Their payload in bytes.
     pub bytes: u64,
-    /// Datagrams dropped: not from a gateway's endpoint.
+    /// Datagrams dropped: not from the gateway's endpoint. They came before their socket was connected.
     pub wrong_source: u64,
     /// Datagrams dropped: they have not WireGuard's shape.
     pub not_wireguard: u64,
@@ -117,7 +125,8 @@ mod tests {
     #[test]
     fn largest_table_fits() {
         let endpoint: SocketAddr = "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535".parse().unwrap();
-        let table = (0..8).map(|id| (255 - id, vec![endpoint; MAX_ENDPOINTS])).collect::<Vec<_>>();
+        let gateway = |id: u8| Gateway { id: 255 - id, endpoint: Some(endpoint) };
+        let table = (0..8).map(gateway).collect::<Vec<_>>();
         assert_eq!(table.len(), MAX_GATEWAYS);
         let message = FromDaemon::Gateways(table);
         let packet = encode(&message).unwrap();

@@ -3,20 +3,21 @@
 use crate::{
     bucket::Rate,
     down::DownPath,
-    gateways::{Family, Table, TableError},
-    message::{self, Counters, FromDaemon, FromRelay, MAX_MESSAGE, MessageError},
-    socket::{Datagrams, Sockets, Uplink},
+    gateways::{Table, TableError},
+    message::{self, Counters, FromDaemon, FromRelay, MAX_GATEWAYS, MAX_MESSAGE, MessageError},
+    socket::Uplink,
     up::{Turn, UpPath},
 };
-use kontor_wire::uplink::{MAX_FRAME, MAX_FRAME_VFIO};
+use kontor_wire::uplink::{GatewayId, MAX_FRAME, MAX_FRAME_VFIO};
 use rustix::{
+    cmsg_space,
     event::{PollFd, PollFlags, poll},
     io::Errno,
-    net::{RecvFlags, SendFlags, recv, send},
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send},
 };
 use std::{
-    io,
-    net::UdpSocket,
+    io::{self, IoSliceMut},
+    mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     time::Instant,
 };
@@ -25,8 +26,11 @@ use std::{
 const READS_PER_TURN: usize = 4;
 /// The same in Ethernet frames, each of which is a read.
 const FRAMES_PER_TURN: usize = 64;
-/// Datagrams received from each socket in one turn.
+/// Datagrams received from each gateway in one turn.
 const DATAGRAMS_PER_TURN: usize = 64;
+
+/// Descriptors that are waited for: kontord, the uplink, and a socket for each gateway.
+const POLLED_MAX: usize = 2 + MAX_GATEWAYS;
 
 /// What the guest may send.
 #[derive(Debug, Clone, Copy)]
@@ -63,17 +67,13 @@ impl Default for Limits {
     }
 }
 
-/// The descriptors of a relay, each in non-blocking mode but for `control`, whose mode does not matter.
+/// The descriptors of a relay; the mode of `control` does not matter.
 #[derive(Debug)]
-pub struct Wires<S = UdpSocket> {
+pub struct Wires {
     /// The other end of the guest's uplink.
     pub uplink: Uplink,
-    /// SEQPACKET, to kontord.
+    /// SEQPACKET, to kontord, which hands over the sockets to the gateways on it.
     pub control: OwnedFd,
-    /// To gateways with an IPv4 address.
-    pub udp4: S,
-    /// To gateways with an IPv6 address.
-    pub udp6: Option<S>,
 }
 
 /// Why a relay ended, when nothing failed.
@@ -109,15 +109,14 @@ pub enum RelayError {
 
 /// The relay of one virtual machine.
 #[derive(Debug)]
-pub struct Relay<S = UdpSocket> {
+pub struct Relay {
     uplink: Uplink,
     control: OwnedFd,
-    sockets: Sockets<S>,
     table: Table,
     up: UpPath,
     down: DownPath,
-    /// The socket that has no room for what the guest sent last.
-    blocked: Option<Family>,
+    /// The gateway whose socket has no room for what the guest sent last.
+    blocked: Option<GatewayId>,
     started: Instant,
 }
 
@@ -128,10 +127,11 @@ struct Found {
     uplink_closed: bool,
 }
 
-impl<S: Datagrams> Relay<S> {
+impl Relay {
     /// A relay whose table is empty.
-    pub fn new(wires: Wires<S>, limits: Limits) -> Self {
-        let Wires { uplink, control, udp4, udp6 } = wires;
+    #[must_use]
+    pub fn new(wires: Wires, limits: Limits) -> Self {
+        let Wires { uplink, control } = wires;
         let frame_max = match &uplink {
             Uplink::Stream(_) => MAX_FRAME,
             Uplink::Ethernet(_) => MAX_FRAME_VFIO,
@@ -139,7 +139,6 @@ impl<S: Datagrams> Relay<S> {
         Self {
             uplink,
             control,
-            sockets: Sockets { v4: udp4, v6: udp6 },
             table: Table::default(),
             up: UpPath::new(&limits),
             down: DownPath::new(frame_max),
@@ -175,7 +174,7 @@ impl<S: Datagrams> Relay<S> {
                     return Ok(End::UplinkClosed);
                 }
             }
-            self.down.receive(DATAGRAMS_PER_TURN, &self.table, &self.sockets);
+            self.down.receive(DATAGRAMS_PER_TURN, &self.table);
             let flushed = match &mut self.uplink {
                 Uplink::Stream(stream) => self.down.flush(stream),
                 Uplink::Ethernet(socket) => self.down.flush_ethernet(socket),
@@ -191,16 +190,17 @@ impl<S: Datagrams> Relay<S> {
     fn wait(&self) -> Result<Found, RelayError> {
         let when = |wanted, flag| if wanted { flag } else { PollFlags::empty() };
         let uplink = when(self.blocked.is_none(), PollFlags::IN) | when(self.down.waiting(), PollFlags::OUT);
-        let udp = |family| PollFlags::IN | when(self.blocked == Some(family), PollFlags::OUT);
-        let v4 = PollFd::new(&self.sockets.v4, udp(Family::V4));
-        let mut fds = [
-            PollFd::new(&self.control, PollFlags::IN),
-            PollFd::new(&self.uplink, uplink),
-            v4.clone(),
-            // poll takes a slice: where there is no second socket it is cut off.
-            self.sockets.v6.as_ref().map_or(v4, |v6| PollFd::new(v6, udp(Family::V6))),
-        ];
-        let count = if self.sockets.v6.is_some() { 4 } else { 3 };
+        let mut links = self.table.links().map(|link| {
+            let room = when(self.blocked == Some(link.gateway), PollFlags::OUT);
+            PollFd::new(&link.socket, PollFlags::IN | room)
+        });
+        let mut fds: [_; POLLED_MAX] = std::array::from_fn(|at| match at {
+            0 => PollFd::new(&self.control, PollFlags::IN),
+            1 => PollFd::new(&self.uplink, uplink),
+            // poll takes a slice: behind the last socket it is cut off.
+            _ => links.next().unwrap_or(PollFd::new(&self.control, PollFlags::empty())),
+        });
+        let count = 2 + self.table.links().count();
         match poll(&mut fds[..count], None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(RelayError::Poll(errno.into())),
@@ -215,15 +215,25 @@ impl<S: Datagrams> Relay<S> {
 
     fn listen(&mut self) -> Result<Option<End>, RelayError> {
         let mut packet = [0; MAX_MESSAGE + 1];
-        let length = match recv(&self.control, packet.as_mut_slice(), RecvFlags::DONTWAIT) {
-            Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(Some(End::Shutdown)),
-            Ok((length, _)) => length,
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_GATEWAYS))];
+        let mut rights = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = recvmsg(&self.control, &mut [IoSliceMut::new(&mut packet)], &mut rights, flags);
+        let length = match received.map(|message| message.bytes) {
+            Ok(0) | Err(Errno::CONNRESET) => return Ok(Some(End::Shutdown)),
+            Ok(length) => length,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
             Err(errno) => return Err(RelayError::Control(errno.into())),
         };
         match message::decode(&packet[..length])? {
             FromDaemon::Gateways(gateways) => {
-                self.table = Table::new(&gateways, |family| self.sockets.of(family).is_some())?;
+                let mut sockets = Vec::with_capacity(MAX_GATEWAYS);
+                for message in rights.drain() {
+                    if let RecvAncillaryMessage::ScmRights(handed) = message {
+                        sockets.extend(handed);
+                    }
+                }
+                self.table = Table::new(&gateways, sockets)?;
             }
             FromDaemon::Report => self.report()?,
             FromDaemon::Shutdown => return Ok(Some(End::Shutdown)),
@@ -233,16 +243,16 @@ impl<S: Datagrams> Relay<S> {
 
     fn forward_up(&mut self) -> Result<Option<End>, RelayError> {
         let now = self.started.elapsed();
-        let (table, sockets) = (&self.table, &self.sockets);
+        let table = &self.table;
         let turn = match &mut self.uplink {
-            Uplink::Stream(stream) => self.up.turn(stream, READS_PER_TURN, table, sockets, now),
-            Uplink::Ethernet(socket) => self.up.turn_ethernet(socket, FRAMES_PER_TURN, table, sockets, now),
+            Uplink::Stream(stream) => self.up.turn(stream, READS_PER_TURN, table, now),
+            Uplink::Ethernet(socket) => self.up.turn_ethernet(socket, FRAMES_PER_TURN, table, now),
         };
         self.blocked = None;
         match turn.map_err(RelayError::Uplink)? {
             Turn::Drained => Ok(None),
-            Turn::Blocked(family) => {
-                self.blocked = Some(family);
+            Turn::Blocked(gateway) => {
+                self.blocked = Some(gateway);
                 Ok(None)
             }
             Turn::Closed => Ok(Some(End::UplinkClosed)),

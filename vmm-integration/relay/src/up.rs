@@ -1,19 +1,19 @@
 //! From the guest to the gateways.
 //!
-//! Frames wait in the decoder (two at most) and, when a socket has no room, what is left of one frame
+//! Frames wait in the decoder (two at most) and, when a gateway's socket has no room, what is left of one frame
 //! waits in [`Pending`]; until that is gone nothing more is read, so that the guest feels it.
 
 use crate::{
     bucket::Bucket,
-    gateways::{Family, Table},
+    gateways::Table,
     message::{MAX_WORDS, Up},
     relay::{Limits, REFUSED_INITIATION},
-    socket::{Datagrams, Sockets},
 };
 use kontor_wire::{
     uplink::{ETHERNET_LEN, Frame, FrameError, GUEST_TO_RELAY, GatewayId, MAX_FRAME, PortDecoder},
     wireguard::Shape,
 };
+use rustix::io::Errno;
 use std::{io, os::unix::net::UnixDatagram, time::Duration};
 
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl Breaches {
     fn turn(&mut self, fate: Fate, now: Duration) -> Option<Turn> {
         match fate {
             Fate::Done => None,
-            Fate::Blocked(family) => Some(Turn::Blocked(family)),
+            Fate::Blocked(gateway) => Some(Turn::Blocked(gateway)),
             Fate::Refused(breach) => {
                 let words = || breach.to_string().chars().take(MAX_WORDS).collect();
                 self.is_too_much(breach, now).then(|| Turn::Garbage(words()))
@@ -76,8 +76,8 @@ impl Breaches {
 pub(crate) enum Turn {
     /// Nothing whole is left to send.
     Drained,
-    /// The socket of this family has no room.
-    Blocked(Family),
+    /// The socket of this gateway has no room.
+    Blocked(GatewayId),
     /// The guest closed the uplink.
     Closed,
     /// The rules were broken too often; the last time like this.
@@ -89,8 +89,8 @@ pub(crate) enum Turn {
 enum Fate {
     /// Every datagram is dealt with.
     Done,
-    /// The socket of this family has no room for the rest.
-    Blocked(Family),
+    /// The socket of this gateway has no room for the rest.
+    Blocked(GatewayId),
     /// It is dropped.
     Refused(Breach),
 }
@@ -111,19 +111,18 @@ impl UpPath {
     }
 
     /// Sends what waits, then reads at most `reads_max` times and sends that.
-    pub(crate) fn turn<S: Datagrams>(
+    pub(crate) fn turn(
         &mut self,
         uplink: &mut impl io::Read,
         reads_max: usize,
         table: &Table,
-        sockets: &Sockets<S>,
         now: Duration,
     ) -> io::Result<Turn> {
-        if let Some(family) = self.sender.resume(table, sockets) {
-            return Ok(Turn::Blocked(family));
+        if let Some(gateway) = self.sender.resume(table) {
+            return Ok(Turn::Blocked(gateway));
         }
         for _ in 0..reads_max {
-            match self.drain(table, sockets, now) {
+            match self.drain(table, now) {
                 Turn::Drained => {}
                 turn @ (Turn::Blocked(_) | Turn::Closed | Turn::Garbage(_)) => return Ok(turn),
             }
@@ -136,20 +135,19 @@ impl UpPath {
                 Err(error) => return Err(error),
             }
         }
-        Ok(self.drain(table, sockets, now))
+        Ok(self.drain(table, now))
     }
 
     /// The same where each packet of `uplink` is an Ethernet frame.
-    pub(crate) fn turn_ethernet<S: Datagrams>(
+    pub(crate) fn turn_ethernet(
         &mut self,
         uplink: &UnixDatagram,
         reads_max: usize,
         table: &Table,
-        sockets: &Sockets<S>,
         now: Duration,
     ) -> io::Result<Turn> {
-        if let Some(family) = self.sender.resume(table, sockets) {
-            return Ok(Turn::Blocked(family));
+        if let Some(gateway) = self.sender.resume(table) {
+            return Ok(Turn::Blocked(gateway));
         }
         for _ in 0..reads_max {
             let length = match uplink.recv(&mut self.datagram) {
@@ -162,7 +160,7 @@ impl UpPath {
             };
             // One byte more than the longest has room, so that what was cut shows as too long.
             let fate = match Frame::parse_ethernet(&self.datagram[..length], &GUEST_TO_RELAY) {
-                Ok(frame) => self.sender.frame(&frame, table, sockets, now),
+                Ok(frame) => self.sender.frame(&frame, table, now),
                 Err(error) => self.sender.malformed(error),
             };
             if let Some(turn) = self.breaches.turn(fate, now) {
@@ -173,11 +171,11 @@ impl UpPath {
     }
 
     /// Sends every whole frame that was read.
-    fn drain<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>, now: Duration) -> Turn {
+    fn drain(&mut self, table: &Table, now: Duration) -> Turn {
         loop {
             let fate = match self.decoder.next_frame() {
                 Ok(None) => return Turn::Drained,
-                Ok(Some(frame)) => self.sender.frame(&frame, table, sockets, now),
+                Ok(Some(frame)) => self.sender.frame(&frame, table, now),
                 Err(error) => self.sender.malformed(error),
             };
             if let Some(turn) = self.breaches.turn(fate, now) {
@@ -195,7 +193,7 @@ struct Sender {
     counters: Up,
 }
 
-/// What is left of a frame. Its gateway's address is looked up when it is sent: a gateway that has left
+/// What is left of a frame. Its gateway is looked up when it is sent: a gateway that has left
 /// the table meanwhile gets nothing.
 #[derive(Debug)]
 struct Pending {
@@ -205,13 +203,7 @@ struct Pending {
 }
 
 impl Sender {
-    fn frame<S: Datagrams>(
-        &mut self,
-        frame: &Frame<'_>,
-        table: &Table,
-        sockets: &Sockets<S>,
-        now: Duration,
-    ) -> Fate {
+    fn frame(&mut self, frame: &Frame<'_>, table: &Table, now: Duration) -> Fate {
         let (mut count, mut initiations) = (0, 0);
         for datagram in frame.segments() {
             match Shape::of(datagram) {
@@ -224,7 +216,7 @@ impl Sender {
             }
             count += 1;
         }
-        if table.endpoint(frame.gateway()).is_none() {
+        if table.row(frame.gateway()).is_none() {
             self.counters.unknown_gateway += 1;
             return Fate::Refused(Breach::Gateway(count));
         }
@@ -237,12 +229,12 @@ impl Sender {
             return Fate::Refused(Breach::Initiations(initiations));
         }
         let (payload, segment, gateway) = (frame.payload(), frame.segment_len(), frame.gateway());
-        let (sent, blocked) = send(&mut self.counters, gateway, segment, payload, table, sockets);
-        let Some(family) = blocked else { return Fate::Done };
+        let (sent, blocked) = send(&mut self.counters, gateway, segment, payload, table);
+        let Some(gateway) = blocked else { return Fate::Done };
         self.pending.payload.extend_from_slice(&payload[sent..]);
         self.pending.segment = segment;
         self.pending.gateway = gateway;
-        Fate::Blocked(family)
+        Fate::Blocked(gateway)
     }
 
     fn malformed(&mut self, error: FrameError) -> Fate {
@@ -250,41 +242,39 @@ impl Sender {
         Fate::Refused(Breach::Frame(error))
     }
 
-    fn resume<S: Datagrams>(&mut self, table: &Table, sockets: &Sockets<S>) -> Option<Family> {
+    fn resume(&mut self, table: &Table) -> Option<GatewayId> {
         let Pending { payload, segment, gateway } = &mut self.pending;
         if payload.is_empty() {
             return None;
         }
-        let (sent, blocked) = send(&mut self.counters, *gateway, *segment, payload, table, sockets);
+        let (sent, blocked) = send(&mut self.counters, *gateway, *segment, payload, table);
         payload.drain(..sent);
         blocked
     }
 }
 
-/// Sends the datagrams of `payload` in order. Returns how many bytes are dealt with, and the family
-/// whose socket has no room for the rest.
-fn send<S: Datagrams>(
+/// Sends the datagrams of `payload` in order. Returns how many bytes are dealt with, and the gateway when its
+/// socket has no room for the rest.
+fn send(
     counters: &mut Up,
     gateway: GatewayId,
     segment: usize,
     payload: &[u8],
     table: &Table,
-    sockets: &Sockets<S>,
-) -> (usize, Option<Family>) {
-    let Some(endpoint) = table.endpoint(gateway) else {
+) -> (usize, Option<GatewayId>) {
+    let Some(row) = table.row(gateway) else {
         counters.unknown_gateway += 1;
         return (payload.len(), None);
     };
-    let family = Family::of(&endpoint);
     let mut done = 0;
     for datagram in payload.chunks(segment) {
-        match sockets.of(family).map(|socket| socket.send(datagram, endpoint)) {
-            Some(Ok(())) => {
+        match row.send(datagram) {
+            Ok(()) => {
                 counters.datagrams += 1;
                 counters.bytes += datagram.len() as u64;
             }
-            Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => return (done, Some(family)),
-            Some(Err(_)) | None => counters.send_failed += 1,
+            Err(Errno::AGAIN) => return (done, Some(gateway)),
+            Err(_) => counters.send_failed += 1,
         }
         done += datagram.len();
     }

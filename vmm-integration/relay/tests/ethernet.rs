@@ -1,33 +1,23 @@
 //! The relay on an uplink of datagrams, each of them an Ethernet frame.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod wires;
+
 use kontor_relay::{
     End, Limits, Rate, Relay, RelayError, Uplink, Wires,
-    message::{self, Counters, FromDaemon, FromRelay},
+    message::{FromDaemon, FromRelay},
 };
 use kontor_wire::uplink::{Frame, GUEST_TO_RELAY, GatewayId, MAX_FRAME, RELAY_TO_GUEST, header};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use std::{
     net::{SocketAddr, UdpSocket},
-    os::{fd::OwnedFd, unix::net::UnixDatagram},
+    os::unix::net::UnixDatagram,
     thread::{self, JoinHandle},
-    time::Duration,
 };
-
-/// Nothing here takes so long: a test that waits for it has failed.
-const PATIENCE: Duration = Duration::from_secs(20);
-const GATEWAY: u8 = 7;
-
-/// What looks like a transport message of WireGuard's.
-fn transport(length: usize, fill: u8) -> Vec<u8> {
-    let mut bytes = vec![fill; length];
-    bytes[..4].copy_from_slice(&[4, 0, 0, 0]);
-    bytes
-}
+use wires::{Daemon, GATEWAY, PATIENCE, daemon, localhost, packets, receive, transport};
 
 struct World {
     guest: UnixDatagram,
-    daemon: OwnedFd,
+    daemon: Daemon,
     gateway: UdpSocket,
     relay_v4: SocketAddr,
     relay: JoinHandle<Result<End, RelayError>>,
@@ -35,44 +25,16 @@ struct World {
 
 impl World {
     fn with(limits: Limits) -> Self {
-        let (guest, uplink) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (guest, uplink) = packets();
         let (guest, uplink) = (UnixDatagram::from(guest), UnixDatagram::from(uplink));
         guest.set_read_timeout(Some(PATIENCE)).unwrap();
         uplink.set_nonblocking(true).unwrap();
-        let (daemon, control) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        let (udp4, gateway) =
-            (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
-        udp4.set_nonblocking(true).unwrap();
-        gateway.set_read_timeout(Some(PATIENCE)).unwrap();
-        let relay_v4 = udp4.local_addr().unwrap();
-        let wires = Wires { uplink: Uplink::Ethernet(uplink), control, udp4, udp6: None };
+        let ((daemon, control), gateway) = (daemon(), localhost());
+        let wires = Wires { uplink: Uplink::Ethernet(uplink), control };
         let relay = thread::spawn(move || Relay::new(wires, limits).run());
-        let world = Self { guest, daemon, gateway, relay_v4, relay };
-        assert_eq!(world.hear(), FromRelay::Ready);
-        let endpoint = world.gateway.local_addr().unwrap();
-        world.say(&FromDaemon::Gateways(vec![(GATEWAY, vec![endpoint])]));
-        world.counters();
-        world
-    }
-
-    fn say(&self, message: &FromDaemon) {
-        send(&self.daemon, &message::encode(message).unwrap(), SendFlags::NOSIGNAL).unwrap();
-    }
-
-    fn hear(&self) -> FromRelay {
-        let mut packet = [0; message::MAX_MESSAGE];
-        let (_, length) = recv(&self.daemon, packet.as_mut_slice(), RecvFlags::empty()).unwrap();
-        message::decode(&packet[..length]).unwrap()
-    }
-
-    fn counters(&self) -> Counters {
-        self.say(&FromDaemon::Report);
-        match self.hear() {
-            FromRelay::Counters(counters) => counters,
-            other @ (FromRelay::Ready | FromRelay::Garbage(_)) => panic!("{other:?}"),
-        }
+        assert_eq!(daemon.hear(), FromRelay::Ready);
+        let relay_v4 = daemon.connect(&gateway);
+        Self { guest, daemon, gateway, relay_v4, relay }
     }
 
     fn guest_sends(&self, segment: usize, payload: &[u8]) {
@@ -81,10 +43,7 @@ impl World {
     }
 
     fn gateway_receives(&self) -> Vec<u8> {
-        let mut datagram = vec![0; 65_536];
-        let length = self.gateway.recv(&mut datagram).unwrap();
-        datagram.truncate(length);
-        datagram
+        receive(&self.gateway).0
     }
 
     fn guest_receives(&self) -> Vec<u8> {
@@ -105,8 +64,8 @@ fn datagrams_go_to_the_gateway_and_come_back() {
         world.gateway.send_to(&transport(length, 2), world.relay_v4).unwrap();
         assert_eq!(world.guest_receives(), transport(length, 2));
     }
-    assert_eq!((world.counters().up.frames, world.counters().down.datagrams), (3, 3));
-    world.say(&FromDaemon::Shutdown);
+    assert_eq!((world.daemon.counters().up.frames, world.daemon.counters().down.datagrams), (3, 3));
+    world.daemon.say(&FromDaemon::Shutdown);
     assert_eq!(world.relay.join().unwrap().unwrap(), End::Shutdown);
 }
 
@@ -128,7 +87,10 @@ fn datagram_that_has_not_wireguards_shape_goes_neither_way() {
     world.gateway.send_to(&[3; 96], world.relay_v4).unwrap();
     world.gateway.send_to(&transport(96, 5), world.relay_v4).unwrap();
     assert_eq!(world.guest_receives(), transport(96, 5));
-    assert_eq!((world.counters().up.not_wireguard, world.counters().down.not_wireguard), (1, 1));
+    assert_eq!(
+        (world.daemon.counters().up.not_wireguard, world.daemon.counters().down.not_wireguard),
+        (1, 1)
+    );
 }
 
 #[test]
@@ -143,7 +105,7 @@ fn frame_of_another_type_or_between_others_is_counted_and_goes_nowhere() {
     world.guest.send(&[&GUEST_TO_RELAY[..], &[1; MAX_FRAME + 1]].concat()).unwrap();
     world.guest_sends(96, &transport(96, 4));
     assert_eq!(world.gateway_receives(), transport(96, 4));
-    assert_eq!((world.counters().up.malformed, world.counters().up.frames), (4, 1));
+    assert_eq!((world.daemon.counters().up.malformed, world.daemon.counters().up.frames), (4, 1));
 }
 
 #[test]
@@ -160,7 +122,10 @@ fn one_malformed_frame_too_many_ends_the_relay() {
     for _ in 0..3 {
         world.guest.send(&[0xff; 60]).unwrap();
     }
-    assert_eq!(world.hear(), FromRelay::Garbage("an Ethernet frame that is none of the uplink's".into()));
+    assert_eq!(
+        world.daemon.hear(),
+        FromRelay::Garbage("an Ethernet frame that is none of the uplink's".into())
+    );
     assert_eq!(world.relay.join().unwrap().unwrap(), End::Garbage);
 }
 
@@ -171,7 +136,7 @@ fn guest_that_does_not_read_costs_its_own_datagrams_only() {
         for _ in 0..100 {
             world.gateway.send_to(&transport(1408, 9), world.relay_v4).unwrap();
         }
-        let dropped = world.counters().down.guest_full;
+        let dropped = world.daemon.counters().down.guest_full;
         if dropped > 0 {
             break dropped;
         }

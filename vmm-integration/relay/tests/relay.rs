@@ -5,28 +5,26 @@
     reason = "a test may panic, and knows its numbers"
 )]
 
+mod wires;
+
 use kontor_relay::{
-    Datagrams, End, Limits, REFUSED_INITIATION, Rate, Relay, RelayError, TableError, Uplink, Wires,
-    message::{self, Counters, FromDaemon, FromRelay},
+    End, Limits, REFUSED_INITIATION, Rate, Relay, RelayError, TableError, Uplink, Wires,
+    message::{Counters, FromDaemon, FromRelay, Gateway},
 };
 use kontor_wire::uplink::{GatewayId, MAX_SEGMENTS, MIN_DATAGRAM, PortDecoder, encode_port};
 use kontor_wire::wireguard::{COOKIE_REPLY_LEN, INITIATION_LEN, LONGEST, RESPONSE_LEN};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use std::{
     collections::VecDeque,
     io::{self, Read, Write},
     net::{SocketAddr, UdpSocket},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::AsFd,
         unix::net::{UnixDatagram, UnixStream},
     },
     thread::{self, JoinHandle},
-    time::Duration,
 };
+use wires::{Daemon, GATEWAY, PATIENCE, connected, daemon, localhost, receive, transport};
 
-/// Nothing here takes so long: a test that waits for it has failed.
-const PATIENCE: Duration = Duration::from_secs(20);
-const GATEWAY: u8 = 7;
 /// Bytes of [`datagram`].
 const LEN: usize = 96;
 
@@ -39,25 +37,11 @@ struct World {
     received: VecDeque<(u8, Vec<u8>)>,
     /// Datagrams in the longest train that was received.
     longest_train: usize,
-    daemon: OwnedFd,
+    daemon: Daemon,
     gateway: UdpSocket,
+    /// Where the gateway sees the relay, once there is a socket to it.
     relay_v4: SocketAddr,
     relay: JoinHandle<Ended>,
-}
-
-fn localhost() -> UdpSocket {
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket
-}
-
-fn nonblocking(socket: &UdpSocket) -> UdpSocket {
-    socket.set_nonblocking(true).unwrap();
-    socket.try_clone().unwrap()
-}
-
-fn control_pair() -> (OwnedFd, OwnedFd) {
-    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
 }
 
 fn guest_pair() -> (UnixStream, UnixStream) {
@@ -75,52 +59,25 @@ impl World {
 
     fn with(limits: Limits) -> Self {
         let (guest, uplink) = guest_pair();
-        let (daemon, control) = control_pair();
-        let (udp4, udp6) = (localhost(), UdpSocket::bind("[::1]:0").ok());
-        let relay_v4 = udp4.local_addr().unwrap();
-        let wires = Wires {
-            uplink: Uplink::Stream(uplink),
-            control,
-            udp4: nonblocking(&udp4),
-            udp6: udp6.as_ref().map(nonblocking),
-        };
+        let (daemon, control) = daemon();
+        let wires = Wires { uplink: Uplink::Stream(uplink), control };
         let relay = thread::spawn(move || Relay::new(wires, limits).run());
-        let world = Self {
+        assert_eq!(daemon.hear(), FromRelay::Ready);
+        Self {
             guest,
             decoder: PortDecoder::new(),
             received: VecDeque::new(),
             longest_train: 0,
             daemon,
             gateway: localhost(),
-            relay_v4,
+            relay_v4: "0.0.0.0:0".parse().unwrap(),
             relay,
-        };
-        assert_eq!(world.hear(), FromRelay::Ready);
-        world
-    }
-
-    fn say(&self, message: &FromDaemon) {
-        send(&self.daemon, &message::encode(message).unwrap(), SendFlags::NOSIGNAL).unwrap();
-    }
-
-    fn hear(&self) -> FromRelay {
-        let mut packet = [0; message::MAX_MESSAGE];
-        let (_, length) = recv(&self.daemon, packet.as_mut_slice(), RecvFlags::empty()).unwrap();
-        message::decode(&packet[..length]).unwrap()
-    }
-
-    /// Also shows that the relay still listens.
-    fn counters(&self) -> Counters {
-        self.say(&FromDaemon::Report);
-        match self.hear() {
-            FromRelay::Counters(counters) => counters,
-            other @ (FromRelay::Ready | FromRelay::Garbage(_)) => panic!("{other:?}"),
         }
     }
 
     fn counters_once(&self, reached: impl Fn(&Counters) -> bool) -> Counters {
         loop {
-            let counters = self.counters();
+            let counters = self.daemon.counters();
             if reached(&counters) {
                 return counters;
             }
@@ -128,11 +85,8 @@ impl World {
         }
     }
 
-    /// The report behind it makes sure that the table is in use.
-    fn connect(&self) {
-        let endpoint = self.gateway.local_addr().unwrap();
-        self.say(&FromDaemon::Gateways(vec![(GATEWAY, vec![endpoint])]));
-        self.counters();
+    fn connect(&mut self) {
+        self.relay_v4 = self.daemon.connect(&self.gateway);
     }
 
     fn guest_sends(&mut self, gateway: u8, segment: usize, payload: &[u8]) {
@@ -162,23 +116,14 @@ impl World {
     }
 
     fn gateway_receives(&self) -> Vec<u8> {
-        let mut datagram = vec![0; 65_536];
-        let (length, source) = self.gateway.recv_from(&mut datagram).unwrap();
+        let (datagram, source) = receive(&self.gateway);
         assert_eq!(source, self.relay_v4);
-        datagram.truncate(length);
         datagram
     }
 
     fn ended(self) -> Ended {
         self.relay.join().unwrap()
     }
-}
-
-/// What looks like a transport message of WireGuard's.
-fn transport(length: usize, fill: u8) -> Vec<u8> {
-    let mut bytes = vec![fill; length];
-    bytes[..4].copy_from_slice(&[4, 0, 0, 0]);
-    bytes
 }
 
 fn datagram(fill: u8) -> Vec<u8> {
@@ -200,30 +145,27 @@ fn datagrams_go_to_the_gateway_and_come_back() {
     assert_eq!(world.gateway_receives(), datagram(1));
     world.gateway.send_to(&datagram(2), world.relay_v4).unwrap();
     assert_eq!(world.guest_receives(), (GATEWAY, datagram(2)));
-    let counters = world.counters();
+    let counters = world.daemon.counters();
     assert_eq!((counters.up.frames, counters.up.datagrams, counters.up.bytes), (1, 1, LEN as u64));
     assert_eq!((counters.down.datagrams, counters.down.bytes), (1, LEN as u64));
-    world.say(&FromDaemon::Shutdown);
+    world.daemon.say(&FromDaemon::Shutdown);
     assert_eq!(world.ended().unwrap(), End::Shutdown);
 }
 
 #[test]
-fn gateway_with_an_ipv6_address_is_reached_through_the_other_socket() {
+fn gateways_of_both_families_are_reached_each_through_its_socket() {
     let Ok(gateway) = UdpSocket::bind("[::1]:0") else {
         eprintln!("skipped: this host has no IPv6");
         return;
     };
     gateway.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut world = World::new();
-    world.connect();
-    let endpoint = gateway.local_addr().unwrap();
-    let first = world.gateway.local_addr().unwrap();
-    world.say(&FromDaemon::Gateways(vec![(1, vec![first]), (2, vec![endpoint])]));
-    world.counters();
+    let (first, second) = (world.gateway.local_addr().unwrap(), gateway.local_addr().unwrap());
+    let sockets = [first, second].map(connected);
+    world.daemon.hand(&[(1, first, sockets[0].as_fd()), (2, second, sockets[1].as_fd())]);
     world.guest_sends(2, LEN, &datagram(1));
-    let mut received = [0; 200];
-    let (length, source) = gateway.recv_from(&mut received).unwrap();
-    assert_eq!(received[..length], datagram(1));
+    let (received, source) = receive(&gateway);
+    assert_eq!(received, datagram(1));
     gateway.send_to(&datagram(2), source).unwrap();
     assert_eq!(world.guest_receives(), (2, datagram(2)));
 }
@@ -236,7 +178,7 @@ fn each_segment_of_a_train_is_one_datagram() {
     world.guest_sends(GATEWAY, LEN, &train.concat());
     let received = [world.gateway_receives(), world.gateway_receives(), world.gateway_receives()];
     assert_eq!(received, train);
-    assert_eq!(world.counters().up.frames, 1);
+    assert_eq!(world.daemon.counters().up.frames, 1);
 }
 
 #[test]
@@ -254,24 +196,70 @@ fn longest_train_of_the_shortest_datagrams_arrives_in_order() {
 #[test]
 fn datagram_from_another_source_is_dropped() {
     let mut world = World::new();
-    world.connect();
-    // The same address, another port: a stranger on the gateway's own host.
-    localhost().send_to(&datagram(9), world.relay_v4).unwrap();
+    // The same address, another port: a stranger on the gateway's own host. One datagram is there before the
+    // socket is connected, the other is the kernel's to drop.
+    let (endpoint, stranger) = (world.gateway.local_addr().unwrap(), localhost());
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    world.relay_v4 = socket.local_addr().unwrap();
+    stranger.send_to(&datagram(9), world.relay_v4).unwrap();
+    socket.connect(endpoint).unwrap();
+    stranger.send_to(&datagram(9), world.relay_v4).unwrap();
+    world.daemon.hand(&[(GATEWAY, endpoint, socket.as_fd())]);
     world.gateway.send_to(&datagram(1), world.relay_v4).unwrap();
     assert_eq!(world.guest_receives(), (GATEWAY, datagram(1)));
-    let counters = world.counters();
+    let counters = world.daemon.counters();
     assert_eq!((counters.down.wrong_source, counters.down.datagrams), (1, 1));
 }
 
 #[test]
 fn nothing_passes_before_a_table_came() {
     let mut world = World::new();
-    world.gateway.send_to(&datagram(9), world.relay_v4).unwrap();
     world.guest_sends(GATEWAY, LEN, &datagram(9));
-    let counters = world.counters_once(|counters| counters.down.wrong_source == 1);
-    assert_eq!(counters.down.datagrams, 0);
     let counters = world.counters_once(|counters| counters.up.unknown_gateway == 1);
     assert_eq!(counters.up.datagrams, 0);
+}
+
+/// The home PC moves: the same gateway, from another port as here, or from another address.
+#[test]
+fn traffic_goes_on_through_the_sockets_that_replace_the_first() {
+    let mut world = World::new();
+    let mut seen = std::collections::HashSet::new();
+    for turn in 0..20 {
+        world.connect();
+        assert!(seen.insert(world.relay_v4));
+        world.guest_sends(GATEWAY, LEN, &datagram(turn));
+        assert_eq!(world.gateway_receives(), datagram(turn));
+        world.gateway.send_to(&datagram(turn), world.relay_v4).unwrap();
+        assert_eq!(world.guest_receives(), (GATEWAY, datagram(turn)));
+    }
+}
+
+#[test]
+fn gateway_without_a_way_to_it_costs_datagrams_and_no_more() {
+    let mut world = World::new();
+    world.daemon.say(&FromDaemon::Gateways(vec![Gateway { id: GATEWAY, endpoint: None }]));
+    world.guest_sends(GATEWAY, LEN, &datagram(9));
+    let counters = world.counters_once(|counters| counters.up.frames == 1);
+    assert_eq!((counters.up.send_failed, counters.up.unknown_gateway), (1, 0));
+    world.connect();
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
+    assert_eq!(world.gateway_receives(), datagram(1));
+}
+
+#[test]
+fn gateway_that_refuses_and_comes_back_is_reached_again() {
+    let mut world = World::new();
+    world.connect();
+    let endpoint = world.gateway.local_addr().unwrap();
+    // The old one is closed when the new one takes its place in the field.
+    world.gateway = localhost();
+    world.guest_sends(GATEWAY, LEN, &datagram(9));
+    world.counters_once(|counters| counters.up.frames == 1);
+    world.gateway = UdpSocket::bind(endpoint).unwrap();
+    world.gateway.set_read_timeout(Some(PATIENCE)).unwrap();
+    world.guest_sends(GATEWAY, LEN, &datagram(1));
+    assert_eq!(world.gateway_receives(), datagram(1));
+    assert_eq!(world.daemon.counters().up.send_failed, 0);
 }
 
 #[test]
@@ -281,7 +269,7 @@ fn frame_for_an_unknown_gateway_is_dropped() {
     world.guest_sends(GATEWAY + 1, LEN, &datagram(9));
     world.guest_sends(GATEWAY, LEN, &datagram(1));
     assert_eq!(world.gateway_receives(), datagram(1));
-    let counters = world.counters();
+    let counters = world.daemon.counters();
     assert_eq!((counters.up.unknown_gateway, counters.up.datagrams), (1, 1));
 }
 
@@ -292,7 +280,7 @@ fn gateway_that_left_the_table_is_neither_reached_nor_heard() {
     let gone = world.gateway.try_clone().unwrap();
     world.gateway = localhost();
     world.connect();
-    gone.send_to(&datagram(9), world.relay_v4).unwrap();
+    let _ = gone.send_to(&datagram(9), world.relay_v4);
     world.gateway.send_to(&datagram(1), world.relay_v4).unwrap();
     assert_eq!(world.guest_receives(), (GATEWAY, datagram(1)));
     world.guest_sends(GATEWAY, LEN, &datagram(2));
@@ -329,7 +317,7 @@ fn datagram_of_the_gateways_that_is_not_wireguards_is_dropped() {
         world.gateway.send_to(&transport(length, 2), world.relay_v4).unwrap();
         assert_eq!(world.guest_receives(), (GATEWAY, transport(length, 2)));
     }
-    let counters = world.counters();
+    let counters = world.daemon.counters();
     assert_eq!((counters.down.not_wireguard, counters.down.datagrams), (strangers.len() as u64 + 1, 2));
 }
 
@@ -354,7 +342,7 @@ fn frame_of_the_guests_with_what_is_not_wireguards_is_dropped_whole() {
         world.guest_sends(GATEWAY, length, &good);
         assert_eq!(world.gateway_receives(), good);
     }
-    let counters = world.counters();
+    let counters = world.daemon.counters();
     assert_eq!((counters.up.not_wireguard, counters.up.datagrams), (strangers.len() as u64 + 4, 4));
 }
 
@@ -367,7 +355,7 @@ fn guest_that_keeps_sending_what_is_not_wireguards_ends_the_relay() {
     encode_port(GatewayId(GATEWAY), LEN, &[b'x'; LEN], &mut frames).unwrap();
     world.guest.write_all(&frames.repeat(10)).unwrap();
     let words = "a datagram of 96 bytes without the shape of WireGuard";
-    assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
+    assert_eq!(world.daemon.hear(), FromRelay::Garbage(words.into()));
     assert_eq!(world.ended().unwrap(), End::Garbage);
 }
 
@@ -389,11 +377,11 @@ fn initiations_have_a_limit_of_their_own_and_a_flood_of_them_ends_the_relay() {
     world.guest.write_all(&frames).unwrap();
     let received: Vec<Vec<u8>> = (0..4).map(|_| world.gateway_receives()).collect();
     assert_eq!(received, [initiation(0), initiation(1), initiation(2), datagram(9)]);
-    assert_eq!(world.counters().up.initiations_above_rate, 2);
+    assert_eq!(world.daemon.counters().up.initiations_above_rate, 2);
 
     world.guest_sends(GATEWAY, INITIATION_LEN, &initiation(9).repeat(MAX_SEGMENTS));
     let words = "a flood: 64 handshake initiations above the limit";
-    assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
+    assert_eq!(world.daemon.hear(), FromRelay::Garbage(words.into()));
     assert_eq!(world.ended().unwrap(), End::Garbage);
 }
 
@@ -410,7 +398,7 @@ fn initiations_of_a_tunnel_that_finds_no_gateway_pass() {
     for number in 0..limit.burst {
         assert_eq!(world.gateway_receives(), initiation(number as u8));
     }
-    assert_eq!(world.counters().up.initiations_above_rate, 0);
+    assert_eq!(world.daemon.counters().up.initiations_above_rate, 0);
 }
 
 #[test]
@@ -424,10 +412,10 @@ fn a_few_malformed_frames_are_dropped_and_one_too_many_ends_the_relay() {
     world.guest.write_all(&malformed.repeat(burst as usize)).unwrap();
     world.guest_sends(GATEWAY, LEN, &datagram(1));
     assert_eq!(world.gateway_receives(), datagram(1));
-    assert_eq!(world.counters().up.malformed, u64::from(burst));
+    assert_eq!(world.daemon.counters().up.malformed, u64::from(burst));
 
     world.guest.write_all(&malformed.repeat(2 * burst as usize)).unwrap();
-    assert_eq!(world.hear(), FromRelay::Garbage("an uplink frame of 3 bytes".into()));
+    assert_eq!(world.daemon.hear(), FromRelay::Garbage("an uplink frame of 3 bytes".into()));
     assert_eq!(world.ended().unwrap(), End::Garbage);
 }
 
@@ -439,7 +427,7 @@ fn malformed_frames_between_good_ones_end_the_relay_too() {
     encode_port(GatewayId(GATEWAY), LEN, &datagram(1), &mut both).unwrap();
     // The relay may be gone before all is written.
     let _ = world.guest.write_all(&both.repeat(40));
-    assert!(matches!(world.hear(), FromRelay::Garbage(_)));
+    assert!(matches!(world.daemon.hear(), FromRelay::Garbage(_)));
     assert_eq!(world.ended().unwrap(), End::Garbage);
 }
 
@@ -473,7 +461,7 @@ fn flood_that_goes_on_ends_the_relay() {
         let mut frame = Vec::new();
         encode_port(GatewayId(gateway), 32, &transport(32, 1).repeat(64), &mut frame).unwrap();
         let _ = world.guest.write_all(&frame.repeat(20));
-        assert_eq!(world.hear(), FromRelay::Garbage(words.into()));
+        assert_eq!(world.daemon.hear(), FromRelay::Garbage(words.into()));
         assert_eq!(world.ended().unwrap(), End::Garbage);
     }
 }
@@ -485,7 +473,7 @@ fn guest_that_does_not_read_loses_datagrams_and_blocks_nothing() {
     let payload = transport(LONGEST, 5);
     let full = loop {
         world.gateway.send_to(&payload, world.relay_v4).unwrap();
-        let counters = world.counters();
+        let counters = world.daemon.counters();
         if counters.down.guest_full > 3 {
             break counters;
         }
@@ -533,49 +521,31 @@ fn closed_uplink_ends_the_relay_and_its_last_word_are_the_counters() {
     world.guest_sends(GATEWAY, LEN, &datagram(1));
     world.gateway_receives();
     world.guest.shutdown(std::net::Shutdown::Both).unwrap();
-    assert!(matches!(world.hear(), FromRelay::Counters(counters) if counters.up.datagrams == 1));
+    assert!(matches!(world.daemon.hear(), FromRelay::Counters(counters) if counters.up.datagrams == 1));
     assert_eq!(world.ended().unwrap(), End::UplinkClosed);
 }
 
 #[test]
 fn death_of_kontord_ends_the_relay() {
     let world = World::new();
-    drop(world.daemon);
+    drop(world.daemon.0);
     assert_eq!(world.relay.join().unwrap().unwrap(), End::Shutdown);
 }
 
 #[test]
 fn what_is_no_message_of_kontord_ends_the_relay() {
     let world = World::new();
-    send(&world.daemon, &[0xff; 40], SendFlags::NOSIGNAL).unwrap();
+    world.daemon.send(&[0xff; 40], &[]);
     assert!(matches!(world.ended(), Err(RelayError::Message(_))));
 }
 
 #[test]
 fn table_that_breaks_a_rule_ends_the_relay() {
     let world = World::new();
-    world.say(&FromDaemon::Gateways(vec![(1, vec![])]));
-    let refused = TableError::Endpoints { id: 1, endpoints: 0 };
+    let endpoint = world.gateway.local_addr().ok();
+    world.daemon.say(&FromDaemon::Gateways(vec![Gateway { id: 1, endpoint }]));
+    let refused = TableError::Sockets { named: 1, came: 0 };
     assert!(matches!(world.ended(), Err(RelayError::Table(error)) if error == refused));
-}
-
-/// A network whose queue is as short as a test needs it: a pair of unix datagram sockets.
-struct Narrow(UnixDatagram);
-
-impl AsFd for Narrow {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl Datagrams for Narrow {
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
-        Ok((self.0.recv(buffer)?, "192.0.2.1:9".parse().unwrap()))
-    }
-
-    fn send(&self, datagram: &[u8], _: SocketAddr) -> io::Result<()> {
-        self.0.send(datagram).map(|_| ())
-    }
 }
 
 /// A transport message that carries its number.
@@ -588,25 +558,16 @@ fn numbered(number: u32) -> Vec<u8> {
 #[test]
 fn network_without_room_holds_the_guest_back_and_loses_nothing() {
     let (mut guest, uplink) = guest_pair();
-    let (daemon, control) = control_pair();
+    let (daemon, control) = daemon();
+    // A network whose queue is short: a pair of unix datagram sockets.
     let (near, far) = UnixDatagram::pair().unwrap();
-    near.set_nonblocking(true).unwrap();
     far.set_read_timeout(Some(PATIENCE)).unwrap();
-    let wires = Wires { uplink: Uplink::Stream(uplink), control, udp4: Narrow(near), udp6: None };
+    let wires = Wires { uplink: Uplink::Stream(uplink), control };
     let relay = thread::spawn(move || Relay::new(wires, Limits::default()).run());
-    let table = FromDaemon::Gateways(vec![(1, vec!["192.0.2.1:9".parse().unwrap()])]);
-    send(&daemon, &message::encode(&table).unwrap(), SendFlags::NOSIGNAL).unwrap();
-
-    let sent_so_far = || {
-        send(&daemon, &message::encode(&FromDaemon::Report).unwrap(), SendFlags::NOSIGNAL).unwrap();
-        let mut packet = [0; message::MAX_MESSAGE];
-        loop {
-            let (_, length) = recv(&daemon, packet.as_mut_slice(), RecvFlags::empty()).unwrap();
-            if let FromRelay::Counters(counters) = message::decode(&packet[..length]).unwrap() {
-                return counters.up.datagrams;
-            }
-        }
-    };
+    assert_eq!(daemon.hear(), FromRelay::Ready);
+    daemon.hand(&[(1, "192.0.2.1:9".parse().unwrap(), near.as_fd())]);
+    drop(near);
+    let sent_so_far = || daemon.counters().up.datagrams;
 
     // Trains of numbered datagrams, until nothing moves any more: so far is the pressure felt.
     guest.set_nonblocking(true).unwrap();

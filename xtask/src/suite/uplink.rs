@@ -2,20 +2,24 @@
 
 use super::{
     LOOK_EVERY, Outcome, Stage,
-    thread::{closes, page_is_read, starts},
+    thread::{closes, fetch_large_file, page_is_read, starts},
     words,
 };
 use crate::{
     build::Backend,
     leaks::{MARKER_LEN, MARKER_PREFIX, Made},
     office::{GATEWAY_ID, INTRANET_NAME, LARGE_FILE},
+    run::{Result as Ran, at},
     scene::{PATIENCE, running},
+    world::{self, HOME_ADDRESS, HOME_LINK, Host},
 };
 use libtest_mimic::Failed;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::{
     collections::HashSet,
+    fs,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -25,6 +29,7 @@ type Named = (&'static str, fn(&mut Stage) -> Outcome);
 /// Each starts a work VM of its own and sees it stop.
 pub(super) const TRIALS: &[Named] = &[
     ("page_is_read_through_the_second_gateway_when_the_first_is_down", second_gateway),
+    ("home_pc_that_gets_another_address_in_mid_transfer_keeps_its_tunnel", moved),
     ("killed_tunnel_ends_the_work_vm_in_mid_transfer_with_the_reason", killed_tunnel),
     ("killed_qemu_takes_the_relay_with_it_at_once", killed_qemu),
     ("root_who_drives_the_uplink_alone_gets_nothing_past_the_relay", alone),
@@ -67,6 +72,41 @@ fn second_gateway(stage: &mut Stage) -> Outcome {
     office.kill_spare().map_err(words)?;
     office.start_gateway().map_err(words)?;
     read
+}
+
+/// The home PC's address, by which the gateway knows the tunnel, goes while a file comes. The work VM, its tunnel
+/// and its session stay.
+fn moved(stage: &mut Stage) -> Outcome {
+    const OTHER_ADDRESS: &str = "10.44.1.77";
+    starts(stage)?;
+    page_is_read(stage)?;
+    let moving = std::thread::spawn(|| {
+        await_part_of_the_file()?;
+        world::move_home(HOME_ADDRESS, OTHER_ADDRESS)
+    });
+    let fetched = fetch_large_file(stage, "--limit-rate 1M");
+    let moved = moving.join().map_err(|_| "the move panicked")?.map_err(words);
+    let outcome = fetched.and(moved).and_then(|()| page_is_read(stage)).and_then(|()| closes(stage));
+    let back = world::move_home(OTHER_ADDRESS, HOME_ADDRESS).map_err(words);
+    outcome.and(back)
+}
+
+/// Waits until the home PC has received as much as is no page and not yet the large file.
+fn await_part_of_the_file() -> Ran<()> {
+    const PART: u64 = 2 << 20;
+    Host::Home.enter().map_err(at("enter", Path::new(&Host::Home.namespace())))?;
+    let table = Path::new("/proc/thread-self/net/dev");
+    let received = || -> Ran<u64> {
+        let table = fs::read_to_string(table).map_err(at("read", table))?;
+        let line =
+            table.lines().find_map(|line| line.trim_start().strip_prefix(HOME_LINK)?.strip_prefix(':'));
+        Ok(line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or_default())
+    };
+    let (before, limit) = (received()?, Instant::now() + PATIENCE);
+    while received()? < before + PART && Instant::now() < limit {
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
 }
 
 /// The tunnel is gone while a file comes: nothing goes on without it, and the host hears why.

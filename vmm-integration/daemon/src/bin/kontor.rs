@@ -187,8 +187,15 @@ fn show_status(out: &mut impl Write, status: &Status) -> io::Result<()> {
             Some(cpus) => format!("at most {cpus} processors"),
             None => "no limit on the processor".to_owned(),
         };
+        let threads = match jail.threads {
+            Some(threads) => format!("at most {threads} threads"),
+            None => "no limit on threads (Linux has one from 5.14 on)".to_owned(),
+        };
         let (limit, uplink) = (&jail.limit, uplink.name());
-        writeln!(out, "Jailed: at most {memory} MiB of memory ({limit}), {processors}. Uplink: {uplink}")?;
+        writeln!(
+            out,
+            "Jailed: at most {memory} MiB of memory ({limit}), {processors}, {threads}. Uplink: {uplink}"
+        )?;
     }
     if status.emulated {
         writeln!(out, "EMULATED: slow, and no security boundary.")?;

@@ -274,15 +274,18 @@ async fn watch_qemu(
     let _ = inputs.send(Input::Closed(ending(status, &words))).await;
 }
 
-/// Why a jailer did not start QEMU.
-/// What kept the jail from being made.
+/// Why a jailer did not start QEMU. One that hangs is ended.
 pub(super) async fn no_jail(mut child: Jailed, program: PathBuf) -> VmError {
     child.kill();
-    let words = match child.take_words() {
-        Some(stderr) => last_words(stderr, "jail").await,
-        None => String::new(),
+    let stderr = child.take_words();
+    let words = async {
+        match stderr {
+            Some(stderr) => last_words(stderr, "jail").await,
+            None => String::new(),
+        }
     };
-    match child.wait().await {
+    let (words, ended) = tokio::join!(words, child.wait());
+    match ended {
         Ok(status) if status.code() == Some(NO_JAIL) => VmError::NoJail(words),
         Ok(status) => VmError::Qemu { program, source: io::Error::other(format!("{status} {words}")) },
         Err(source) => VmError::Qemu { program, source },
@@ -359,5 +362,34 @@ async fn read_console(mut from: UnixStream, mut console: Console, inputs: mpsc::
         {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nothing here takes so long: a test that waits for it has failed.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    async fn without_jail(script: &str) -> VmError {
+        let jailer = Jailed::unjailed(&["sh", "-c", script]);
+        timeout(PATIENCE, no_jail(jailer, "qemu".into())).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn jailer_that_hangs_is_ended() {
+        let VmError::Qemu { source, .. } = without_jail("kill -STOP $$").await else {
+            panic!("another error")
+        };
+        assert!(source.to_string().contains("signal: 9"), "{source}");
+    }
+
+    #[tokio::test]
+    async fn jailer_that_says_why_is_heard() {
+        let VmError::NoJail(words) = without_jail("echo no namespaces >&2; exit 125").await else {
+            panic!("another error")
+        };
+        assert_eq!(words, "no namespaces");
     }
 }

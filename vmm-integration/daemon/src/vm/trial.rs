@@ -7,7 +7,7 @@ use super::{
     machine::{no_jail, pair},
 };
 use crate::{
-    control_group::Delegated,
+    control_group::{Delegated, Place},
     host::{Accelerator, Trial},
     qemu::{self, Backend, Inherited, Machine},
     slots::Ready,
@@ -63,11 +63,12 @@ pub(crate) async fn kvm_runs_a_guest(
         uplink,
         probe: None,
     };
-    let group = machine.group(delegated);
+    let group = machine.group(delegated, Place::Trial);
     let mut child = qemu::start(jailer, program, &machine, group, inherited)
         .map_err(|source| VmError::Qemu { program: program.into(), source })?;
     // No verdict on KVM, where the jail could not be made.
-    let Some(_) = child.entered().await else { return Err(no_jail(child, program.into()).await) };
+    let Some(pid) = child.entered().await else { return Err(no_jail(child, program.into()).await) };
+    tracing::debug!(pid, "a trial of KVM has begun");
     let trial = match timeout(ANSWER, says_no_disk(control)).await {
         Ok(Ok(true)) => Trial::Works,
         Ok(Ok(false) | Err(_)) => Trial::Fails,

@@ -1,8 +1,19 @@
 //! What a QEMU that was taken over would try. Run by the stub in QEMU's place; each attempt is told with how the
-//! kernel answered it.
+//! kernel answered it. And what a relay would.
 
-use libc::{c_char, c_int, c_long};
-use std::{io, ptr};
+use crate::stub::KEEPALIVE;
+use libc::{c_char, c_int, c_long, c_void};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, SocketType, sockopt},
+};
+use std::{
+    io::{self, IoSlice},
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::{AsRawFd, OwnedFd},
+    ptr,
+};
 
 /// A name, and the result of a system call: below zero when it was refused. What the filter refuses fails
 /// with `EPERM` before its arguments are looked at; all that is refused otherwise says how.
@@ -149,6 +160,66 @@ pub(crate) fn send_away(abstract_name: &str, file: &str) -> Vec<String> {
     let uplink = unsafe { std::os::fd::BorrowedFd::borrow_raw(9) };
     let answer = |address| rustix::net::sendto(uplink, b"away", rustix::net::SendFlags::DONTWAIT, address);
     addresses.iter().map(|address| format!("sent: {:?}", answer(address))).collect()
+}
+
+/// Sends to a stranger's address that lies where a filter that looks at the low half of a pointer sees nothing.
+fn send_by_high_pointer(socket: &OwnedFd, stranger: SocketAddr) -> Result<(), Errno> {
+    const LOW_HALF_ZERO: usize = 1 << 32;
+    let SocketAddr::V4(address) = stranger else { return Err(Errno::AFNOSUPPORT) };
+    let name = libc::sockaddr_in {
+        sin_family: libc::AF_INET.try_into().unwrap(),
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
+        sin_zero: [0; 8],
+    };
+    let (access, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+    );
+    // SAFETY: fresh memory, at a place where there is none yet, or an error.
+    let place = unsafe { libc::mmap(LOW_HALF_ZERO as *mut c_void, 4096, access, flags, -1, 0) };
+    assert_eq!(place as usize, LOW_HALF_ZERO);
+    // SAFETY: a page has room for it, and is aligned for everything.
+    unsafe { place.cast::<libc::sockaddr_in>().write(name) };
+    let length = size_of::<libc::sockaddr_in>().try_into().unwrap();
+    // SAFETY: the kernel reads the datagram and the name, both of the lengths given.
+    let sent =
+        unsafe { libc::sendto(socket.as_raw_fd(), KEEPALIVE.as_ptr().cast(), 32, 0, place.cast(), length) };
+    if sent < 0 { Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap()) } else { Ok(()) }
+}
+
+/// Tries to reach the stranger by a socket that is connected to a gateway, then the gateway, which echoes. What came
+/// of it, on one line.
+pub(crate) fn reach(socket: &OwnedFd, stranger: u16) -> String {
+    let stranger = SocketAddr::from((Ipv4Addr::LOCALHOST, stranger));
+    let datagram = [IoSlice::new(&KEEPALIVE)];
+    let none = &mut SendAncillaryBuffer::default();
+    let sendmmsg = call(libc::SYS_sendmmsg, [socket.as_raw_fd().into(), 0, 0, 0, 0]);
+    let attempts = [
+        ("sendto", rustix::net::sendto(socket, &KEEPALIVE, SendFlags::empty(), &stranger).map(drop)),
+        ("sendto by a high pointer", send_by_high_pointer(socket, stranger)),
+        (
+            "sendmsg",
+            rustix::net::sendmsg_addr(socket, &stranger, &datagram, none, SendFlags::empty()).map(drop),
+        ),
+        (
+            "sendmsg without an address",
+            rustix::net::sendmsg(socket, &datagram, none, SendFlags::empty()).map(drop),
+        ),
+        ("sendmmsg", if sendmmsg < 0 { Err(Errno::PERM) } else { Ok(()) }),
+        ("connect", rustix::net::connect(socket, &stranger)),
+        ("disconnect", rustix::net::connect_unspec(socket)),
+        ("bind", rustix::net::bind(socket, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))),
+        ("set an option", sockopt::set_socket_broadcast(socket, true)),
+        ("another socket", rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None).map(drop)),
+    ];
+    let count = attempts.len();
+    let passed: Vec<_> = attempts.iter().filter(|(_, answer)| *answer != Err(Errno::PERM)).collect();
+    let sent = rustix::net::send(socket, &KEEPALIVE, SendFlags::empty());
+    let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+    let answered = poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&patience)) == Ok(1)
+        && rustix::net::recv(socket, &mut [0; 99], RecvFlags::DONTWAIT).is_ok_and(|(length, _)| length == 32);
+    format!("tried {count}, not refused: {passed:?}; gateway: {sent:?}, answers: {answered}")
 }
 
 /// How many there are.

@@ -5,7 +5,10 @@ use crate::{
     escape, https,
     tenant::{GATEWAY, Tenant},
 };
-use kontor_relay::{End, Limits, Relay, Wires};
+use kontor_relay::{
+    End, Limits, Relay, Wires,
+    message::{self, FromRelay},
+};
 use kontor_wire::{
     Decoder,
     control::{BootState, Challenge, FromGuest, FromHost, MAX_FROM_HOST},
@@ -13,10 +16,12 @@ use kontor_wire::{
     reason::StopReason,
     uplink::{GatewayId, PortDecoder, encode_port},
 };
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg};
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, Read, Write},
-    net::UdpSocket,
+    io::{self, BufRead, BufReader, IoSliceMut, Read, Write},
+    mem::MaybeUninit,
     os::{
         fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
@@ -34,6 +39,10 @@ pub(crate) const KEEPALIVE: [u8; 32] = {
     [bytes[0], bytes[1], bytes[2], bytes[3]] = [4, 0, 0, 0];
     bytes
 };
+/// Numbers of descriptors that a relay may have.
+const RELAY_FILES_MAX: u64 = 21;
+/// More threads than any QEMU may have.
+const THREADS_TRIED: usize = 1000;
 /// What a guest that was told to stop powers off with.
 const POWERED_OFF: i32 = 0;
 
@@ -48,16 +57,14 @@ pub(crate) fn relay(arguments: &[String]) -> ! {
         let at = arguments.iter().position(|word| word == name)?;
         arguments[at + 1].parse::<RawFd>().ok()
     };
-    let udp = |name: &str| {
-        let socket = UdpSocket::from(inherited(number(name)?));
-        socket.set_nonblocking(true).unwrap();
-        Some(socket)
-    };
     let uplink = UnixStream::from(inherited(number("--uplink").unwrap()));
     uplink.set_nonblocking(true).unwrap();
     let control = inherited(number("--control").unwrap());
+    if let Some(port) = taken_over() {
+        try_to_get_out(&control, port);
+    }
     let uplink = kontor_relay::Uplink::Stream(uplink);
-    let wires = Wires { uplink, control, udp4: udp("--udp4").unwrap(), udp6: udp("--udp6") };
+    let wires = Wires { uplink, control };
     match Relay::new(wires, Limits::default()).run() {
         Ok(End::Shutdown | End::UplinkClosed) => exit(0),
         Ok(End::Garbage) => exit(3),
@@ -66,6 +73,33 @@ pub(crate) fn relay(arguments: &[String]) -> ! {
             exit(1)
         }
     }
+}
+
+/// Beginning of the name under which the relay is one that was taken over; behind it stands the port of a stranger.
+pub(crate) const TAKEN_OVER: &str = "taken-over-";
+
+/// The stranger's port, if this is such a relay.
+fn taken_over() -> Option<u16> {
+    let program = std::env::args().next()?;
+    Path::new(&program).file_name()?.to_str()?.strip_prefix(TAKEN_OVER)?.parse().ok()
+}
+
+/// Waits for a socket, closes the last doors as the relay does, then tries to reach the stranger with it.
+fn try_to_get_out(control: &OwnedFd, stranger: u16) -> ! {
+    let ready = message::encode(&FromRelay::Ready).unwrap();
+    rustix::net::send(control, &ready, SendFlags::empty()).unwrap();
+    poll(&mut [PollFd::new(control, PollFlags::IN)], None).unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = RecvAncillaryBuffer::new(&mut space);
+    let mut packet = [0; message::MAX_MESSAGE];
+    recvmsg(control, &mut [IoSliceMut::new(&mut packet)], &mut rights, RecvFlags::empty()).unwrap();
+    let socket = rights.drain().find_map(|message| {
+        let RecvAncillaryMessage::ScmRights(mut sockets) = message else { return None };
+        sockets.next()
+    });
+    kontor_jail::seal_relay(RELAY_FILES_MAX).unwrap();
+    eprintln!("{}", escape::reach(&socket.unwrap(), stranger));
+    exit(1)
 }
 
 /// The answer of an office whose papers lie in `dir`; the file `mode` there says how it answers.
@@ -111,6 +145,10 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
     };
     let probe = channel("probe");
     let qmp = channel("qmp").unwrap();
+    if value("-accel") == "kvm" {
+        // A trial of KVM, in which no guest says anything.
+        park();
+    }
     let deaf = matches!(scenario.as_str(), "deaf" | "flood");
     let mut machine = Machine {
         console: channel("console").unwrap(),
@@ -137,9 +175,15 @@ pub(crate) fn qemu(arguments: Vec<String>) -> ! {
         "escape" => machine.escape(),
         away if away.starts_with("away:") => machine.send_away(away),
         "silent" | "deaf" => park(),
+        "threads" => machine.threads(),
         "hello" => {
             machine.hello();
             park()
+        }
+        "leased" => {
+            machine.hello();
+            machine.lease();
+            machine.until_power_off()
         }
         "stubborn" => {
             machine.boot();
@@ -366,6 +410,15 @@ impl Machine {
         park()
     }
 
+    /// Prints how many threads this process can have.
+    fn threads(mut self) -> ! {
+        let start = || thread::Builder::new().stack_size(1 << 14).spawn(|| park());
+        // Two are there already.
+        let others = std::iter::repeat_with(start).take(THREADS_TRIED).take_while(Result::is_ok).count();
+        self.print(&format!("threads: {}", others + 2));
+        exit(0)
+    }
+
     /// Sends by the uplink to the abstract socket and the file that the scenario names.
     fn send_away(mut self, scenario: &str) -> ! {
         let [_, name, file] = scenario.split(':').collect::<Vec<_>>()[..] else { panic!("{scenario}") };
@@ -400,6 +453,7 @@ impl Machine {
             format!("append {}", value("-append")),
             format!("descriptors {:?}", self.descriptors),
             format!("core {} files {}", limit("Max core file size"), limit("Max file size")),
+            format!("threads {}", limit("Max processes")),
             format!("environment {:?}", std::env::vars().map(|(name, _)| name).collect::<Vec<_>>()),
             privileges.replace('\t', " "),
         ];

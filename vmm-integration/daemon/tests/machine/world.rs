@@ -177,6 +177,19 @@ impl World {
         Self { dir, tenant, repository, kontord: None, log: None }
     }
 
+    /// Gives the key of the configuration another value; `DIR` in it is the world's directory.
+    pub(crate) fn configure(&self, key: &str, value: &str) {
+        let config = fs::read_to_string(self.path("kontord.toml")).unwrap();
+        let start = format!("{key} = ");
+        let value = value.replace("DIR", self.dir.path().to_str().unwrap());
+        let line = |line: &str| match line.starts_with(&start) {
+            true => format!("{start}'{value}'\n"),
+            false => format!("{line}\n"),
+        };
+        assert!(config.lines().any(|line| line.starts_with(&start)));
+        fs::write(self.path("kontord.toml"), config.lines().map(line).collect::<String>()).unwrap();
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -265,10 +278,7 @@ impl World {
 
     /// The same, for one that may be gone already.
     pub(crate) fn await_pid(&mut self, words: &str) -> Pid {
-        let line = self.await_log(words);
-        let pid = line.split("pid=").nth(1).unwrap().split_whitespace().next().unwrap();
-        let pid = pid.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
-        Pid::from_raw(pid).unwrap()
+        pid_in(&self.await_log(words))
     }
 
     pub(crate) fn kontor_command(&self, arguments: &[&str]) -> Command {
@@ -317,7 +327,7 @@ impl Drop for World {
 }
 
 impl Process {
-    fn of(pid: Pid) -> Self {
+    pub(crate) fn of(pid: Pid) -> Self {
         Self { pid, descriptor: pidfd_open(pid, PidfdFlags::empty()).unwrap() }
     }
 
@@ -345,6 +355,13 @@ impl Process {
 
 pub(crate) fn is_reaped(pid: Pid) -> bool {
     test_kill_process(pid).is_err()
+}
+
+/// The process id in a line of the log.
+pub(crate) fn pid_in(line: &str) -> Pid {
+    let pid = line.split("pid=").nth(1).unwrap().split_whitespace().next().unwrap();
+    let pid = pid.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
+    Pid::from_raw(pid).unwrap()
 }
 
 /// How a program ended.

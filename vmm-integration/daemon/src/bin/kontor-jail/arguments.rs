@@ -38,6 +38,8 @@ pub(crate) struct Start {
     pub(crate) memory: Option<u64>,
     /// Most descriptors.
     pub(crate) files: u64,
+    /// Most threads, this program's own among them.
+    pub(crate) threads: u64,
     pub(crate) program: PathBuf,
     pub(crate) arguments: Vec<OsString>,
 }
@@ -55,7 +57,7 @@ impl Arguments {
             Some("relay") => Profile::Relay,
             other => return Err(wrong(format!("{other:?} is no profile"))),
         };
-        let (mut report, mut keep, mut memory, mut files) = (None, Vec::new(), None, None);
+        let (mut report, mut keep, mut memory, mut files, mut threads) = (None, Vec::new(), None, None, None);
         loop {
             let name = words.next().ok_or_else(|| wrong("it has no program".into()))?;
             if name == "--" {
@@ -71,13 +73,16 @@ impl Arguments {
                 Some("--keep") => keep.push(descriptor()?),
                 Some("--memory") => memory = Some(value),
                 Some("--files") => files = Some(value),
+                Some("--threads") => threads = Some(value),
                 _ => return Err(wrong(format!("{} is no option", name.display()))),
             }
         }
         let report = report.ok_or_else(|| wrong("--report is missing".into()))?;
         let files = files.ok_or_else(|| wrong("--files is missing".into()))?;
+        let threads = threads.ok_or_else(|| wrong("--threads is missing".into()))?;
         let program = words.next().ok_or_else(|| wrong("it has no program".into()))?.into();
-        let start = Start { profile, report, keep, memory, files, program, arguments: words.collect() };
+        let arguments = words.collect();
+        let start = Start { profile, report, keep, memory, files, threads, program, arguments };
         Ok(Self { task: Task::Start(start) })
     }
 }
@@ -98,10 +103,12 @@ mod tests {
             keep: vec![3, 4],
             memory: Some(1000),
             files: 512,
+            threads: 128,
             program: "/usr/bin/q".into(),
             arguments: vec!["-a".into(), "--".into()],
         };
-        let line = "qemu --report 11 --keep 3 --keep 4 --memory 1000 --files 512 -- /usr/bin/q -a --";
+        let line =
+            "qemu --report 11 --keep 3 --keep 4 --memory 1000 --files 512 --threads 128 -- /usr/bin/q -a --";
         assert_eq!(parse(line).unwrap(), Arguments { task: Task::Start(start) });
         assert_eq!(parse("check").unwrap(), Arguments { task: Task::Check });
     }
@@ -110,13 +117,14 @@ mod tests {
     fn wrong_command_lines_are_refused() {
         for line in [
             "",
-            "firefox --report 3 --files 1 -- /x",
-            "qemu --report 3 -- /x",
-            "qemu --files 3 -- /x",
-            "qemu --report 2 --files 3 -- /x",
-            "qemu --report 3 --files 3 --",
-            "qemu --report 3 --files 3 /x",
-            "qemu --report 3 --files x -- /x",
+            "firefox --report 3 --files 1 --threads 1 -- /x",
+            "qemu --report 3 --threads 1 -- /x",
+            "qemu --files 3 --threads 1 -- /x",
+            "qemu --report 3 --files 3 -- /x",
+            "qemu --report 2 --files 3 --threads 1 -- /x",
+            "qemu --report 3 --files 3 --threads 1 --",
+            "qemu --report 3 --files 3 --threads 1 /x",
+            "qemu --report 3 --files x --threads 1 -- /x",
             "qemu --root /",
         ] {
             assert!(parse(line).is_err(), "{line}");

@@ -5,7 +5,7 @@ use crate::{
     layout::{Bind, LIBRARIES, Layout, MODULES},
 };
 use kontor_jail::{
-    JailError, chain, drop_capabilities, restrict,
+    JailError, chain, counts_threads_apart, drop_capabilities, restrict,
     seccomp::{self, Filter, Line},
     sys::{self, Exec, Tight},
 };
@@ -140,6 +140,7 @@ fn limits(start: &Start) -> Result<(), JailError> {
         (Resource::Nofile, start.files),
     ];
     limits.extend(start.memory.map(|memory| (Resource::As, memory)));
+    limits.extend(counts_threads_apart().then_some((Resource::Nproc, start.threads)));
     for (resource, most) in limits {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         setrlimit(resource, limit).map_err(JailError::at("set limits"))?;

@@ -1,4 +1,4 @@
-//! `kontor-jail PROFILE --report FD --keep FD… --memory BYTES --files N -- PROGRAM ARGUMENT…` starts a program in a
+//! `kontor-jail PROFILE --report FD --keep FD… --memory BYTES --files N --threads N -- PROGRAM ARGUMENT…` starts a program in a
 //! jail and ends as it ended. `kontor-jail check` says whether this host lets one be made.
 //!
 //! On the descriptor `--report` it says `PID\n` once the program runs; when that descriptor's other end closes,
