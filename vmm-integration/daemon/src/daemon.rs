@@ -240,14 +240,20 @@ impl Daemon {
 
     async fn run(
         &self,
-        commands: mpsc::Receiver<Command>,
+        mut commands: mpsc::Receiver<Command>,
         status: &watch::Sender<Status>,
     ) -> Result<(), StartError> {
         let started = Instant::now();
         self.store.require_room()?;
         let mut plan = self.plan(Accelerator::best(&self.config.kvm)).await?;
-        if !plan.machine.accelerator.is_emulation() && !self.kvm_works(&plan).await? {
-            plan = self.plan(Accelerator::Tcg).await?;
+        if !plan.machine.accelerator.is_emulation() {
+            let works = tokio::select! {
+                works = self.kvm_works(&plan) => works?,
+                () = vm::stopped(&mut commands) => return Err(VmError::Stopped.into()),
+            };
+            if !works {
+                plan = self.plan(Accelerator::Tcg).await?;
+            }
         }
         let asker = Asker {
             store: self.store.clone(),

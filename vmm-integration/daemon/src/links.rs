@@ -26,6 +26,8 @@ use tokio::{
 const BUFFER: usize = 2 << 20;
 /// The least time between two looks at the network: a change of it is many messages.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Messages that are read for one look; more bring another one.
+const MESSAGES_MAX: usize = 1024;
 /// What tells of a change: of interfaces, which take their routes with them in silence, of addresses, routes and
 /// rules for routes (`linux/rtnetlink.h`; IPv6's rules are group 19).
 const GROUPS: libc::c_int = libc::RTMGRP_LINK
@@ -151,7 +153,8 @@ impl Watch {
                 Ok(_) | Err(rustix::io::Errno::NOBUFS) => {}
                 Err(error) => return Err(error.into()),
             }
-            while recv(socket, &mut [0; 16], RecvFlags::DONTWAIT | RecvFlags::TRUNC).is_ok() {}
+            let more = || recv(socket, &mut [0; 16], RecvFlags::DONTWAIT | RecvFlags::TRUNC).is_ok();
+            let _all = (0..MESSAGES_MAX).take_while(|_| more()).count();
             Ok(())
         });
         if let Err(error) = told.await {

@@ -253,7 +253,7 @@ pub async fn run<O: LeaseSource>(
 }
 
 /// Resolves when somebody wants no machine any more. There is nothing to refresh yet.
-async fn stopped(commands: &mut mpsc::Receiver<Command>) {
+pub(crate) async fn stopped(commands: &mut mpsc::Receiver<Command>) {
     while let Some(Command::Refresh(_)) = commands.recv().await {}
 }
 

@@ -10,6 +10,7 @@ use std::{
     io::Write,
     os::unix::fs::FileExt,
     path::Path,
+    time::{Duration, Instant},
 };
 
 pub(crate) fn emulation_and_test_images_need_the_policy() {
@@ -92,6 +93,30 @@ pub(crate) fn doctor_says_what_is_missing_and_what_is_well() {
     let piece = OpenOptions::new().write(true).open(world.slot("root.img")).unwrap();
     piece.write_all_at(b"X", 2).unwrap();
     ended(&world.kontor(&["doctor"]), 4, "missing  release: the release's root.img is not what");
+}
+
+/// How long a trial of KVM waits for a guest that says nothing.
+const TRIAL: Duration = Duration::from_secs(10);
+
+pub(crate) fn stop_ends_a_start_that_tries_kvm() {
+    if OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        eprintln!("skipped: this host has no KVM, or not for this user");
+        return;
+    }
+    let mut world = World::installed(&Setup::new("ready"));
+    world.configure("kvm", "/dev/kvm");
+    world.serve();
+    let starting = world.kontor_command(&["start", "--headless"]).spawn().unwrap();
+    let trial = world.await_process("a trial of KVM has begun");
+    let asked = Instant::now();
+    ended(&world.kontor(&["stop"]), 0, "stopped before it ran");
+    assert!(asked.elapsed() < TRIAL, "{:?}", asked.elapsed());
+    ended(&Ran::from(starting.wait_with_output().unwrap()), 0, "stopped before it ran");
+    trial.await_end();
+    // That was no verdict: the next start tries again.
+    let starting = world.kontor_command(&["start", "--headless"]).spawn().unwrap();
+    world.await_process("a trial of KVM has begun").kill(Signal::KILL);
+    ended(&Ran::from(starting.wait_with_output().unwrap()), 0, "ready");
 }
 
 pub(crate) fn start_waits_for_the_doctors_trial_of_kvm_and_takes_its_result() {

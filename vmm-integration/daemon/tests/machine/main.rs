@@ -97,6 +97,7 @@ fn main() -> ExitCode {
             changed_release_is_not_started_and_the_piece_is_named,
             what_is_missing_is_said,
             doctor_says_what_is_missing_and_what_is_well,
+            stop_ends_a_start_that_tries_kvm,
             start_waits_for_the_doctors_trial_of_kvm_and_takes_its_result;
         install:
             keyset_that_the_repository_has_is_installed_with_the_release,
