@@ -34,6 +34,8 @@ pub(crate) const LINE: &str = "sales";
 pub(crate) const DEVICE: &str = "anna-1";
 /// Longest time from a lease's end to the work VM's; a quarter of the lease's life where that is less.
 const LAPSE_OFF_S_MAX: u64 = 60;
+/// For how long nothing may come from a gateway before work VMs close their tunnel, in seconds.
+pub(crate) const SILENCE_S: u64 = 180;
 /// Memory of the work VM in MiB.
 pub(crate) const MEMORY_MIB: u64 = 128;
 
@@ -177,7 +179,7 @@ impl Office {
         record.args(["device", "record", "--device", DEVICE, "--line", LINE, "--serial", "1"]);
         record.args(["--host-key", host_key, "--keys"]).arg(&keys);
         quietly(record.arg("--out").arg(self.device_record()))?;
-        self.sign_bundle(1, lease_s)?;
+        self.sign_bundle(1, lease_s, SILENCE_S)?;
         let pools: String = [PRIMARY, SPARE]
             .iter()
             .map(|Site { id, name, network, .. }| {
@@ -213,8 +215,9 @@ impl Office {
         self.path("gateway.sock")
     }
 
-    /// Signs the line's newest bundle, which control has from then on.
-    pub(crate) fn sign_bundle(&self, revision: u64, lease_s: u64) -> Result<()> {
+    /// Signs the line's newest bundle, which control has from then on. Nothing may come from the gateway for
+    /// `silence_s`.
+    pub(crate) fn sign_bundle(&self, revision: u64, lease_s: u64, silence_s: u64) -> Result<()> {
         let mut gateways = String::new();
         for site in [&PRIMARY, &SPARE] {
             let Site { id, port, network, .. } = site;
@@ -231,7 +234,7 @@ revision = {revision}
 min_release = 1
 lease_s_max = {lease_s}
 apply_s = 60
-silence_s = 180
+silence_s = {silence_s}
 lapse_off_s = {lapse_off_s}
 
 {gateways}[settings]

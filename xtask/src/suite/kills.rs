@@ -218,7 +218,7 @@ fn stopped(stage: &mut Stage) -> Result<Value, Failed> {
 }
 
 /// Every process of this name, by descriptors that stand for no other process later.
-fn held(name: &str) -> Vec<OwnedFd> {
+pub(super) fn held(name: &str) -> Vec<OwnedFd> {
     let pids = running(name).into_iter().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
     pids.filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
 }

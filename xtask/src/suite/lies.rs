@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     liar::{Answer, Liar, Lie, Loot, unix_now},
+    office::SILENCE_S,
     scene::LEASE_S,
 };
 use kontor_bundle::Bundle;
@@ -350,7 +351,7 @@ fn take_controls_place(stage: &mut Stage) -> Outcome {
     let (bundle, old) = (scene.office.bundle(), scene.office.old_bundle());
     if !old.exists() {
         std::fs::copy(&bundle, &old).map_err(|e| format!("{}: {e}", old.display()))?;
-        scene.office.sign_bundle(2, LEASE_S).map_err(words)?;
+        scene.office.sign_bundle(2, LEASE_S, SILENCE_S).map_err(words)?;
     }
     scene.office.kill_control().map_err(words)?;
     let liar = Liar::open(&scene.office).map_err(words)?;

@@ -6,6 +6,7 @@ mod kills;
 mod lease;
 mod lies;
 mod refusals;
+mod standstill;
 mod tamper;
 mod thread;
 mod uplink;
@@ -105,6 +106,8 @@ fn trials(shared: &Shared) -> Vec<Trial> {
         add("release_is_not_published_by_halves_on_a_full_disk", disk::repository);
         refusals(shared, &mut trials);
         lies(shared, &mut trials);
+        let name = "work_vm_goes_on_after_it_stood_still_for_longer_than_silence";
+        trials.push(trial(shared, name, standstill::longer_than_silence));
     }
     let mut add = |name: &str, test: fn(&mut Stage) -> Outcome| trials.push(trial(shared, name, test));
     add("changed_root_image_stops_the_work_vm", tamper::changed_root);
