@@ -27,6 +27,7 @@ mod sys;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
@@ -36,6 +37,7 @@ use clap::{Parser, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use kontor_manual::Section;
 use kontor_trust::MAX_ENVELOPE;
+use kontor_tun::Offloads;
 use kontor_vpn::{PublicKey, Tunnel};
 use rustix::event::EventfdFlags;
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -47,7 +49,7 @@ use files::FileError;
 use key::KeyError;
 use office::{Identity, Office, OpenError};
 use peers::Peers;
-use plane::{Counts, Plane};
+use plane::{Leases, Plane};
 use post::Post;
 use socket::Sockets;
 use store::{Store, StoreError};
@@ -174,7 +176,7 @@ fn run(path: &Path) -> Result<(), RunError> {
         peers_max: config.peers_max,
         seed,
     };
-    let tunnel = Tunnel::new(tunnel, Instant::now()).map_err(RunError::Tunnel)?;
+    let mut tunnel = Tunnel::new(tunnel, Instant::now()).map_err(RunError::Tunnel)?;
     let sockets =
         Sockets::bind(&config.listen).map_err(|(address, source)| RunError::Bind { address, source })?;
     let tun = open_tun(&config)?;
@@ -190,21 +192,11 @@ fn run(path: &Path) -> Result<(), RunError> {
         Err(source) => Err(RunError::Kernel("copy an eventfd", source)),
     };
     let ((doormans, of_doorman), (posts, of_post)) = (way()?, way()?);
-    let mut plane = Plane {
-        tunnel,
-        peers: Peers::default(),
-        pools: config.pools(),
-        sockets,
-        tun,
-        orders: vec![of_doorman, of_post],
-        wake,
-        signals,
-        counts: Counts::default(),
-    };
+    let mut leases =
+        Leases { peers: Peers::default(), pools: config.pools(), orders: vec![of_doorman, of_post] };
     for admission in admissions {
         let device = admission.device.clone();
-        if let Err(error) = plane.peers.admit(admission, &mut plane.tunnel, Instant::now(), plane::unix_now())
-        {
+        if let Err(error) = leases.peers.admit(admission, &mut tunnel, Instant::now(), plane::unix_now()) {
             tracing::warn!(%error, "a remembered peer could not be made");
             tracing::debug!(%device, "of this device");
         }
@@ -214,9 +206,11 @@ fn run(path: &Path) -> Result<(), RunError> {
     start("admission", move || doorman.run())?;
     let post = Post::new(desks, office, posts);
     start("post", move || post.run())?;
-    tracing::info!(peers = plane.peers.len(), "ready");
+    tracing::info!(peers = leases.peers.len(), "ready");
+    let plane = Plane::new(tunnel, leases, sockets, tun, wake, signals);
     let result = plane.run().map_err(RunError::Plane);
-    tracing::info!(peers = plane.peers.len(), drops = %plane.drops(), "ends");
+    let core = plane.core();
+    tracing::info!(peers = core.judge.peers.len(), drops = %core.drops(), "ends");
     // A next process would replace it as well.
     let _ = std::fs::remove_file(&config.admission);
     result
@@ -227,17 +221,17 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RunError
     thread.map(drop).map_err(|source| RunError::Kernel("start a thread", source))
 }
 
-fn open_tun(config: &Config) -> Result<std::os::fd::OwnedFd, RunError> {
+fn open_tun(config: &Config) -> Result<(OwnedFd, Offloads), RunError> {
     let tun = config.tun.as_str();
     let error = |step| move |source| RunError::Tun { step, tun: tun.to_owned(), source };
-    let fd = kontor_tun::create(tun).map_err(error("make"))?;
+    let made = kontor_tun::create_offloading(tun).map_err(error("make"))?;
     let addresses = [IpNet::from(Ipv4Net::from(config.v4)), IpNet::from(Ipv6Net::from(config.v6))];
     kontor_tun::configure(tun, &addresses, config.mtu).map_err(error("configure"))?;
     kontor_tun::up(tun).map_err(error("bring up"))?;
     for pool in [IpNet::V4(config.pool_v4), IpNet::V6(config.pool_v6)] {
         kontor_tun::add_route(tun, pool).map_err(error("route through"))?;
     }
-    Ok(fd)
+    Ok(made)
 }
 
 /// Gives up every capability, for this thread and those that it starts later, and the way to get one back.
