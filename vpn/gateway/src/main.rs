@@ -24,6 +24,7 @@ mod post;
 mod socket;
 mod store;
 mod sys;
+mod wg;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -35,6 +36,7 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use kontor_gateway::uapi::SocketError;
 use kontor_manual::Section;
 use kontor_trust::MAX_ENVELOPE;
 use kontor_tun::Offloads;
@@ -53,6 +55,7 @@ use plane::{Leases, Plane};
 use post::Post;
 use socket::Sockets;
 use store::{Store, StoreError};
+use wg::WgError;
 
 /// The office end of the tunnel.
 #[derive(Parser)]
@@ -69,6 +72,15 @@ enum Command {
         /// Settings (TOML).
         #[arg(long)]
         config: PathBuf,
+    },
+    /// Makes a WireGuard interface that wg(8) configures, without an office, until SIGTERM, SIGINT or the removal of
+    /// its socket in /var/run/wireguard. Neither preshared keys nor marks yet.
+    Wg {
+        /// Name of the interface.
+        interface: String,
+        /// Stays in the foreground, which is the only way yet.
+        #[arg(long, required = true)]
+        foreground: bool,
     },
     /// Makes the gateway's key and prints its public half, which belongs into the bundles.
     Key {
@@ -107,6 +119,8 @@ enum RunError {
     Kernel(&'static str, #[source] io::Error),
     #[error("the data path ended")]
     Plane(#[source] io::Error),
+    #[error(transparent)]
+    Wg(#[from] WgError),
     #[error("write to standard output")]
     Output(#[source] io::Error),
 }
@@ -114,7 +128,7 @@ enum RunError {
 impl RunError {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Tunnel(_) => USAGE,
+            Self::Config(_) | Self::Tunnel(_) | Self::Wg(WgError::Socket(SocketError::Name(_))) => USAGE,
             Self::Open(OpenError::First(_) | OpenError::Keyset { .. }) => NOT_VERIFIED,
             Self::Key(_)
             | Self::FirstKeyset(_)
@@ -125,6 +139,7 @@ impl RunError {
             | Self::Lock(_)
             | Self::Running(_)
             | Self::Tun { .. }
+            | Self::Wg(_)
             | Self::Kernel(..) => HOST_LACKS,
             Self::Plane(_) | Self::Output(_) => BUG,
         }
@@ -137,6 +152,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
     let result = match arguments.command {
         Command::Run { config } => run(&config),
+        Command::Wg { interface, foreground: _ } => wg::run(&interface).map_err(RunError::from),
         Command::Key { out } => make_key(&out),
     };
     match result {
@@ -166,9 +182,7 @@ fn run(path: &Path) -> Result<(), RunError> {
     let lock = files::lock(&config.state.join(LOCK)).map_err(RunError::Lock)?;
     let _lock = lock.ok_or_else(|| RunError::Running(config.state.clone()))?;
     let (office, admissions) = Office::open(own, &untrusted_first, &config.tenant, store, plane::unix_now())?;
-    let mut seed = [0; 32];
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
-        .map_err(|errno| RunError::Kernel("read randomness", errno.into()))?;
+    let seed = random().map_err(|source| RunError::Kernel("read randomness", source))?;
     let tunnel = kontor_vpn::Config {
         private_key,
         mtu: config.mtu,
@@ -214,6 +228,15 @@ fn run(path: &Path) -> Result<(), RunError> {
     // A next process would replace it as well.
     let _ = std::fs::remove_file(&config.admission);
     result
+}
+
+/// Bytes that nobody else knows. The kernel gives up to 256 at once.
+fn random() -> io::Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())? {
+        32 => Ok(bytes),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RunError> {

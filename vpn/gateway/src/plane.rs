@@ -13,7 +13,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kontor_trust::DeviceId;
@@ -109,11 +109,12 @@ impl Leases {
 /// Everything that the data path holds.
 pub(crate) struct Plane<J> {
     core: Mutex<Core<J>>,
-    sockets: Sockets,
+    /// Each thread uses those that there are when it begins a batch.
+    sockets: Mutex<Arc<Sockets>>,
     tun: OwnedFd,
     offloads: Offloads,
     /// An eventfd, written when there is something for the judge, or new peers.
-    wake: OwnedFd,
+    pub(crate) wake: OwnedFd,
     /// Readable when this process shall end.
     signals: OwnedFd,
 }
@@ -149,6 +150,7 @@ impl<J: Judge> Plane<J> {
         signals: OwnedFd,
     ) -> Self {
         let core = Mutex::new(Core { tunnel, judge, counts: Counts::default() });
+        let sockets = Mutex::new(Arc::new(sockets));
         Self { core, sockets, tun, offloads, wake, signals }
     }
 
@@ -156,6 +158,15 @@ impl<J: Judge> Plane<J> {
     pub(crate) fn core(&self) -> MutexGuard<'_, Core<J>> {
         // Whoever panicked has ended the process, or did so in a test.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Other sockets from now on, in the same order. Whoever calls this rings [`Self::wake`].
+    pub(crate) fn rebind(&self, sockets: Sockets) {
+        *self.sockets.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(sockets);
+    }
+
+    fn sockets(&self) -> Arc<Sockets> {
+        Arc::clone(&self.sockets.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Runs until a signal arrives.
@@ -182,7 +193,7 @@ impl<J: Judge> Plane<J> {
         let mut next_report = Instant::now() + REPORT_INTERVAL;
         let mut ready = Ready::default();
         loop {
-            let now = Instant::now();
+            let (now, sockets) = (Instant::now(), self.sockets());
             let mut left = next_report.saturating_duration_since(now);
             {
                 let mut core = self.core();
@@ -191,14 +202,14 @@ impl<J: Judge> Plane<J> {
                 tunnel.handle_timers(now);
                 let due = tunnel.next_timeout().map(|due| due.saturating_duration_since(now));
                 left = due.into_iter().fold(left, Duration::min);
-                self.transmit(&mut core);
+                Self::transmit(&sockets, &mut core);
                 if next_report <= now {
                     next_report = now + REPORT_INTERVAL;
                     tracing::debug!(drops = %core.drops(), "still here");
                 }
             }
             if !ready.again {
-                ready = self.wait(stopped, left)?;
+                ready = self.wait(&sockets, stopped, left)?;
             }
             if ready.end {
                 return Ok(());
@@ -209,17 +220,17 @@ impl<J: Judge> Plane<J> {
             ready.again = false;
             for socket in 0..crate::config::LISTEN_MAX {
                 if ready.sockets >> socket & 1 == 1 {
-                    ready.again |= self.receive(socket, &mut up);
+                    ready.again |= self.receive(&sockets, socket, &mut up);
                 }
             }
         }
     }
 
-    fn wait(&self, stopped: BorrowedFd<'_>, left: Duration) -> io::Result<Ready> {
+    fn wait(&self, sockets: &Sockets, stopped: BorrowedFd<'_>, left: Duration) -> io::Result<Ready> {
         let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
         let mut fds: Vec<_> = [self.signals.as_fd(), stopped, self.wake.as_fd()]
             .into_iter()
-            .chain(self.sockets.fds())
+            .chain(sockets.fds())
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
         match rustix::event::poll(&mut fds, Some(&timeout)) {
@@ -236,9 +247,9 @@ impl<J: Judge> Plane<J> {
     }
 
     /// Datagrams of one socket, to the TUN. Whether there may be more.
-    fn receive(&self, socket: usize, up: &mut Up) -> bool {
+    fn receive(&self, sockets: &Sockets, socket: usize, up: &mut Up) -> bool {
         let Up { inbox, arena, coalescer } = up;
-        if let Err(error) = self.sockets.receive(socket, inbox) {
+        if let Err(error) = sockets.receive(socket, inbox) {
             // A socket reports here what an earlier datagram met (an ICMP message).
             if error.kind() != io::ErrorKind::WouldBlock {
                 self.core().counts.receive_failed += 1;
@@ -266,7 +277,7 @@ impl<J: Judge> Plane<J> {
                     }
                 }
             }
-            self.transmit(&mut core);
+            Self::transmit(sockets, &mut core);
             drop(core);
             let mut full = 0;
             coalescer.flush(arena, |parts| {
@@ -292,8 +303,9 @@ impl<J: Judge> Plane<J> {
                 return Ok(());
             }
             while down.read(&self.tun)? {
-                self.seal(&mut down);
-                let failed = down.send(&self.sockets);
+                let sockets = self.sockets();
+                self.seal(&sockets, &mut down);
+                let failed = down.send(&sockets);
                 if failed > 0 {
                     self.core().counts.send_failed += failed;
                 }
@@ -302,7 +314,7 @@ impl<J: Judge> Plane<J> {
     }
 
     /// Makes datagrams of what was read.
-    fn seal(&self, down: &mut Down) {
+    fn seal(&self, sockets: &Sockets, down: &mut Down) {
         let now = Instant::now();
         let mut core = self.core();
         let Core { tunnel, judge, counts } = &mut *core;
@@ -336,14 +348,14 @@ impl<J: Judge> Plane<J> {
             }
         }
         // Handshakes that the packets asked for.
-        self.transmit(&mut core);
+        Self::transmit(sockets, &mut core);
     }
 
     /// Sends what is no packet's own.
-    fn transmit(&self, core: &mut Core<J>) {
+    fn transmit(sockets: &Sockets, core: &mut Core<J>) {
         let mut out = [0; DATAGRAM_MAX];
         while let Some(transmit) = core.tunnel.poll_transmit(&mut out) {
-            if self.sockets.send(transmit.to, &out[..transmit.len]).is_err() {
+            if sockets.send(transmit.to, &out[..transmit.len]).is_err() {
                 core.counts.send_failed += 1;
             }
         }

@@ -4,7 +4,7 @@
 //! where kernel and device can. Where they cannot, each has a call of its own, and nobody else notices.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -35,25 +35,51 @@ impl Sockets {
         bound.collect::<Result<_, _>>().map(Self)
     }
 
+    /// Opens a port for both families, or for IPv4 alone where there is no IPv6; 0 for any that is free.
+    pub(crate) fn bind_port(port: u16) -> io::Result<Self> {
+        let v4 = bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port))?;
+        let port = v4.socket.local_addr()?.port();
+        match bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)) {
+            Ok(v6) => Ok(Self(vec![v4, v6])),
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(Self(vec![v4])),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The port of [`Self::bind_port`], 0 without any.
+    pub(crate) fn port(&self) -> u16 {
+        let address = self.0.first().and_then(|socket| socket.socket.local_addr().ok());
+        address.map_or(0, |address| address.port())
+    }
+
+    /// Which of [`Self::bind_port`]'s sockets reaches an address.
+    pub(crate) fn of_family(address: &SocketAddr) -> usize {
+        usize::from(address.is_ipv6())
+    }
+
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.0.iter().map(|socket| socket.socket.as_fd())
     }
 
     /// Takes what has come to one socket; `WouldBlock` when there is nothing.
     pub(crate) fn receive(&self, socket: usize, inbox: &mut Inbox) -> io::Result<()> {
-        inbox.receive(self.0[socket].socket.as_fd())
+        let socket = self.0.get(socket).ok_or(io::ErrorKind::WouldBlock)?;
+        inbox.receive(socket.socket.as_fd())
     }
 
     /// Sends one datagram, or not.
     pub(crate) fn send(&self, to: Endpoint, datagram: &[u8]) -> io::Result<()> {
-        self.0[to.socket].socket.send_to(datagram, to.address).map(drop)
+        let socket = self.0.get(to.socket).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        socket.socket.send_to(datagram, to.address).map(drop)
     }
 
     /// Sends datagrams of `segment` bytes each, the last perhaps shorter, at most [`TRAIN_MAX`] of them and
     /// [`TRAIN_LEN_MAX`] bytes. Waits a moment where there is no room: whoever sends so much feels it then, and need not
     /// send again. Returns how many the kernel did not take.
     pub(crate) fn send_train(&self, to: Endpoint, train: &[u8], segment: usize) -> u64 {
-        let Socket { socket, segments } = &self.0[to.socket];
+        let Some(Socket { socket, segments }) = self.0.get(to.socket) else {
+            return train.chunks(segment.max(1)).len() as u64;
+        };
         let whole =
             |segment| patiently(socket, || sys::send_train(socket.as_fd(), to.address, train, segment));
         let alone = |datagram: &[u8]| patiently(socket, || socket.send_to(datagram, to.address).map(drop));
