@@ -2,6 +2,9 @@
 //! makes for itself: wg has no option for where it looks, so a tmpfs lies there.
 #![expect(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
+#[path = "support/interfaces.rs"]
+mod interfaces;
+
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,7 +21,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Before libtest-mimic has threads.
     let missing = enter_namespaces().and_then(|()| find_wg()).err();
-    let tests: [(&str, fn()); 8] = [
+    let tests: [(&str, fn()); 12] = [
         ("show_finds_the_interface_and_tells_its_state", show_tells_the_state),
         ("set_changes_what_it_names", set_changes_what_it_names),
         ("showconf_is_what_setconf_takes", showconf_is_what_setconf_takes),
@@ -27,6 +30,10 @@ fn main() -> ExitCode {
         ("allowed_address_moves_between_peers", allowed_address_moves),
         ("error_of_the_device_is_told_in_words", error_is_told_in_words),
         ("ten_thousand_peers_are_set_and_shown", ten_thousand_peers),
+        ("interfaces_carry_what_they_are_given_whole", interfaces::whole),
+        ("path_that_is_narrower_than_a_datagram_is_no_hole", interfaces::narrow),
+        ("link_without_checksums_carries_all", interfaces::without_checksums),
+        ("interface_ends_with_its_socket_or_a_signal", interfaces::ends_with_its_socket),
     ];
     let trials = tests.into_iter().map(|(name, test)| {
         let missing = missing.clone();
