@@ -8,6 +8,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
+use kontor_gateway::uapi::{
+    Decoder as UapiDecoder, Device as _, Model, NoInterfaces, Request as UapiRequest,
+};
 use kontor_release::{Image, Manifest};
 use kontor_trust::{
     BundleKind, Device, DeviceKind, Digest, Lease, LeaseKind, PublicKey, Request, TrustedKeyset,
@@ -37,6 +40,7 @@ pub const TARGETS: &[Target] = &[
     ("wireguard", wireguard),
     ("probe", probe),
     ("documents", documents),
+    ("uapi", uapi),
 ];
 
 /// A control channel's stream, in both directions.
@@ -140,3 +144,39 @@ pub fn documents(bytes: &[u8]) {
     }
     let _ = (Manifest::parse(bytes), Image::parse(bytes));
 }
+
+/// The gateway's configuration socket: what a device says of itself after any changes makes another one like it.
+pub fn uapi(bytes: &[u8]) {
+    let mut model = Model::default();
+    for request in uapi_requests(bytes) {
+        if let UapiRequest::Set(set) = request {
+            assert_eq!(model.set(set), Ok(()));
+        }
+    }
+    let text = model.0.text();
+    let told = text.lines().filter(|line| !UAPI_READ_ONLY.iter().any(|key| line.starts_with(key)));
+    let lines: String = told.flat_map(|line| [line, "\n"]).collect();
+    let mut again = Model::default();
+    for request in uapi_requests(format!("set=1\n{lines}\n").as_bytes()) {
+        let UapiRequest::Set(set) = request else { panic!("set was said") };
+        assert_eq!(again.set(set), Ok(()));
+    }
+    assert_eq!(*again.0.text(), *text);
+}
+
+/// The requests that are right.
+fn uapi_requests(bytes: &[u8]) -> Vec<UapiRequest> {
+    let mut decoder = UapiDecoder::new();
+    let (mut rest, mut requests) = (bytes, Vec::new());
+    while !rest.is_empty() {
+        let (taken, request) = decoder.push(rest, &NoInterfaces);
+        assert!(taken > 0, "a decoder takes what it is given");
+        rest = &rest[taken..];
+        requests.extend(request.and_then(Result::ok));
+    }
+    requests
+}
+
+/// What is told of a peer and cannot be set.
+const UAPI_READ_ONLY: &[&str] =
+    &["last_handshake_time_sec=", "last_handshake_time_nsec=", "tx_bytes=", "rx_bytes="];

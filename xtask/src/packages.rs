@@ -18,6 +18,7 @@ const NEEDED: &[&str] = &[
     "qemu-system-x86",
     "uidmap",
     "util-linux",
+    "wireguard-tools",
     "xz-utils",
 ];
 

@@ -24,9 +24,11 @@ mod post;
 mod socket;
 mod store;
 mod sys;
+mod wg;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
@@ -34,8 +36,10 @@ use std::time::Instant;
 
 use clap::{Parser, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use kontor_gateway::uapi::SocketError;
 use kontor_manual::Section;
 use kontor_trust::MAX_ENVELOPE;
+use kontor_tun::Offloads;
 use kontor_vpn::{PublicKey, Tunnel};
 use rustix::event::EventfdFlags;
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -47,10 +51,11 @@ use files::FileError;
 use key::KeyError;
 use office::{Identity, Office, OpenError};
 use peers::Peers;
-use plane::{Counts, Plane};
+use plane::{Leases, Plane};
 use post::Post;
 use socket::Sockets;
 use store::{Store, StoreError};
+use wg::WgError;
 
 /// The office end of the tunnel.
 #[derive(Parser)]
@@ -67,6 +72,15 @@ enum Command {
         /// Settings (TOML).
         #[arg(long)]
         config: PathBuf,
+    },
+    /// Makes a WireGuard interface that wg(8) configures, without an office, until SIGTERM, SIGINT or the removal of
+    /// its socket in /var/run/wireguard. Neither preshared keys nor marks yet.
+    Wg {
+        /// Name of the interface.
+        interface: String,
+        /// Stays in the foreground, which is the only way yet.
+        #[arg(long, required = true)]
+        foreground: bool,
     },
     /// Makes the gateway's key and prints its public half, which belongs into the bundles.
     Key {
@@ -105,6 +119,8 @@ enum RunError {
     Kernel(&'static str, #[source] io::Error),
     #[error("the data path ended")]
     Plane(#[source] io::Error),
+    #[error(transparent)]
+    Wg(#[from] WgError),
     #[error("write to standard output")]
     Output(#[source] io::Error),
 }
@@ -112,7 +128,7 @@ enum RunError {
 impl RunError {
     fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Tunnel(_) => USAGE,
+            Self::Config(_) | Self::Tunnel(_) | Self::Wg(WgError::Socket(SocketError::Name(_))) => USAGE,
             Self::Open(OpenError::First(_) | OpenError::Keyset { .. }) => NOT_VERIFIED,
             Self::Key(_)
             | Self::FirstKeyset(_)
@@ -123,6 +139,7 @@ impl RunError {
             | Self::Lock(_)
             | Self::Running(_)
             | Self::Tun { .. }
+            | Self::Wg(_)
             | Self::Kernel(..) => HOST_LACKS,
             Self::Plane(_) | Self::Output(_) => BUG,
         }
@@ -135,6 +152,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
     let result = match arguments.command {
         Command::Run { config } => run(&config),
+        Command::Wg { interface, foreground: _ } => wg::run(&interface).map_err(RunError::from),
         Command::Key { out } => make_key(&out),
     };
     match result {
@@ -164,9 +182,7 @@ fn run(path: &Path) -> Result<(), RunError> {
     let lock = files::lock(&config.state.join(LOCK)).map_err(RunError::Lock)?;
     let _lock = lock.ok_or_else(|| RunError::Running(config.state.clone()))?;
     let (office, admissions) = Office::open(own, &untrusted_first, &config.tenant, store, plane::unix_now())?;
-    let mut seed = [0; 32];
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
-        .map_err(|errno| RunError::Kernel("read randomness", errno.into()))?;
+    let seed = random().map_err(|source| RunError::Kernel("read randomness", source))?;
     let tunnel = kontor_vpn::Config {
         private_key,
         mtu: config.mtu,
@@ -174,7 +190,7 @@ fn run(path: &Path) -> Result<(), RunError> {
         peers_max: config.peers_max,
         seed,
     };
-    let tunnel = Tunnel::new(tunnel, Instant::now()).map_err(RunError::Tunnel)?;
+    let mut tunnel = Tunnel::new(tunnel, Instant::now()).map_err(RunError::Tunnel)?;
     let sockets =
         Sockets::bind(&config.listen).map_err(|(address, source)| RunError::Bind { address, source })?;
     let tun = open_tun(&config)?;
@@ -190,21 +206,11 @@ fn run(path: &Path) -> Result<(), RunError> {
         Err(source) => Err(RunError::Kernel("copy an eventfd", source)),
     };
     let ((doormans, of_doorman), (posts, of_post)) = (way()?, way()?);
-    let mut plane = Plane {
-        tunnel,
-        peers: Peers::default(),
-        pools: config.pools(),
-        sockets,
-        tun,
-        orders: vec![of_doorman, of_post],
-        wake,
-        signals,
-        counts: Counts::default(),
-    };
+    let mut leases =
+        Leases { peers: Peers::default(), pools: config.pools(), orders: vec![of_doorman, of_post] };
     for admission in admissions {
         let device = admission.device.clone();
-        if let Err(error) = plane.peers.admit(admission, &mut plane.tunnel, Instant::now(), plane::unix_now())
-        {
+        if let Err(error) = leases.peers.admit(admission, &mut tunnel, Instant::now(), plane::unix_now()) {
             tracing::warn!(%error, "a remembered peer could not be made");
             tracing::debug!(%device, "of this device");
         }
@@ -214,12 +220,23 @@ fn run(path: &Path) -> Result<(), RunError> {
     start("admission", move || doorman.run())?;
     let post = Post::new(desks, office, posts);
     start("post", move || post.run())?;
-    tracing::info!(peers = plane.peers.len(), "ready");
+    tracing::info!(peers = leases.peers.len(), "ready");
+    let plane = Plane::new(tunnel, leases, sockets, tun, wake, signals);
     let result = plane.run().map_err(RunError::Plane);
-    tracing::info!(peers = plane.peers.len(), drops = %plane.drops(), "ends");
+    let core = plane.core();
+    tracing::info!(peers = core.judge.peers.len(), drops = %core.drops(), "ends");
     // A next process would replace it as well.
     let _ = std::fs::remove_file(&config.admission);
     result
+}
+
+/// Bytes that nobody else knows. The kernel gives up to 256 at once.
+fn random() -> io::Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())? {
+        32 => Ok(bytes),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
@@ -227,17 +244,17 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), RunError
     thread.map(drop).map_err(|source| RunError::Kernel("start a thread", source))
 }
 
-fn open_tun(config: &Config) -> Result<std::os::fd::OwnedFd, RunError> {
+fn open_tun(config: &Config) -> Result<(OwnedFd, Offloads), RunError> {
     let tun = config.tun.as_str();
     let error = |step| move |source| RunError::Tun { step, tun: tun.to_owned(), source };
-    let fd = kontor_tun::create(tun).map_err(error("make"))?;
+    let made = kontor_tun::create_offloading(tun).map_err(error("make"))?;
     let addresses = [IpNet::from(Ipv4Net::from(config.v4)), IpNet::from(Ipv6Net::from(config.v6))];
     kontor_tun::configure(tun, &addresses, config.mtu).map_err(error("configure"))?;
     kontor_tun::up(tun).map_err(error("bring up"))?;
     for pool in [IpNet::V4(config.pool_v4), IpNet::V6(config.pool_v6)] {
         kontor_tun::add_route(tun, pool).map_err(error("route through"))?;
     }
-    Ok(fd)
+    Ok(made)
 }
 
 /// Gives up every capability, for this thread and those that it starts later, and the way to get one back.

@@ -17,8 +17,12 @@
 #![warn(missing_docs)]
 
 mod address;
+mod checksum;
+mod coalesce;
 mod name;
+mod segment;
 mod sys;
+mod vnet;
 
 use std::fs;
 use std::io;
@@ -30,6 +34,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use name::Name;
 
+pub use coalesce::{Coalescer, RUN_MAX};
+pub use segment::{OffloadError, Segments};
+pub use vnet::HEADER_LEN;
+
 /// Makes the TUN interface `name`, or takes it when it is there and nobody has it open.
 ///
 /// The descriptor carries bare IP packets, one per read and write, does not block, and is closed on
@@ -40,10 +48,48 @@ use name::Name;
 /// CAP_NET_ADMIN; `ResourceBusy` when another process has the interface.
 pub fn create(name: &str) -> io::Result<OwnedFd> {
     let name = Name::parse(name)?;
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(DEVICE, flags, Mode::empty())?;
-    sys::attach(fd.as_fd(), name)?;
+    let fd = open()?;
+    sys::attach(fd.as_fd(), name, false)?;
     Ok(fd)
+}
+
+/// What the kernel leaves to whoever reads an interface, and takes from whoever writes it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Segments of TCP over IPv4.
+    pub tcp4: bool,
+    /// Segments of TCP over IPv6.
+    pub tcp6: bool,
+    /// Segments of UDP, since Linux 6.2.
+    pub udp: bool,
+}
+
+/// Makes a TUN interface like [`create`], with as many offloads as the kernel has.
+///
+/// Each read and write of the descriptor is [`HEADER_LEN`] bytes and a packet of up to 64 KiB: [`Segments`] takes
+/// apart what was read, a [`Coalescer`] puts together what is written.
+///
+/// # Errors
+/// As [`create`]'s.
+pub fn create_offloading(name: &str) -> io::Result<(OwnedFd, Offloads)> {
+    let name = Name::parse(name)?;
+    let fd = open()?;
+    sys::attach(fd.as_fd(), name, true)?;
+    let all = Offloads { tcp4: true, tcp6: true, udp: true };
+    for offloads in [all, Offloads { udp: false, ..all }] {
+        match sys::offload(fd.as_fd(), offloads) {
+            Ok(()) => return Ok((fd, offloads)),
+            // A kernel that does not know one of them refuses them all.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((fd, Offloads::default()))
+}
+
+fn open() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(DEVICE, flags, Mode::empty())?)
 }
 
 /// Gives an interface that is not up yet its addresses and its MTU in bytes.

@@ -10,6 +10,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::Offloads;
 use crate::name::Name;
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
@@ -87,11 +88,26 @@ struct Route6 {
     index: u32,
 }
 
-/// Makes `fd`, an open `/dev/net/tun`, the queue of the TUN interface `name`.
-pub(crate) fn attach(fd: BorrowedFd<'_>, name: Name) -> io::Result<()> {
-    let mut request = IfreqFlags { name, flags: IFF_TUN | IFF_NO_PI, rest: [0; 22] };
+/// Makes `fd`, an open `/dev/net/tun`, the queue of the TUN interface `name`, with a header before each packet or none.
+pub(crate) fn attach(fd: BorrowedFd<'_>, name: Name, header: bool) -> io::Result<()> {
+    let header = if header { IFF_VNET_HDR } else { 0 };
+    let mut request = IfreqFlags { name, flags: IFF_TUN | IFF_NO_PI | header, rest: [0; 22] };
     // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which `request` is as long as (below).
     unsafe { ioctl(fd, libc::TUNSETIFF, &mut request) }
+}
+
+/// Says which packets may come without a checksum and unsegmented.
+pub(crate) fn offload(fd: BorrowedFd<'_>, offloads: Offloads) -> io::Result<()> {
+    let flags = [
+        (true, libc::TUN_F_CSUM),
+        (offloads.tcp4, libc::TUN_F_TSO4),
+        (offloads.tcp6, libc::TUN_F_TSO6),
+        (offloads.udp, libc::TUN_F_USO4 | libc::TUN_F_USO6),
+    ];
+    let flags = flags.into_iter().filter(|(wanted, _)| *wanted).fold(0, |all, (_, flag)| all | flag);
+    // SAFETY: TUNSETOFFLOAD takes a number and no pointer.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Sets the interface's one IPv4 address; on a point-to-point interface its mask becomes /32.
@@ -189,6 +205,7 @@ const AF_INET: u16 = 2;
 const IFF_UP: u16 = 0x0001;
 const IFF_TUN: u16 = 0x0001;
 const IFF_NO_PI: u16 = 0x1000;
+const IFF_VNET_HDR: u16 = 0x4000;
 
 // The kernel copies `sizeof(struct ifreq)` bytes, whatever is in the union.
 const _: () = assert!(size_of::<IfreqAddress>() == size_of::<libc::ifreq>());

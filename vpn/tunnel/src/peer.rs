@@ -51,6 +51,8 @@ pub enum Routes {
     },
     /// 0.0.0.0/0 and ::/0: what a work VM gives its gateway, which is then its only peer.
     Everything,
+    /// What [`Tunnel::allow`](crate::Tunnel::allow) says, nothing at first.
+    Allowed,
 }
 
 impl Routes {
@@ -58,7 +60,8 @@ impl Routes {
         match (self, address) {
             (Self::Own { v4, .. }, IpAddr::V4(address)) => v4 == address,
             (Self::Own { v6, .. }, IpAddr::V6(address)) => v6 == address,
-            (Self::Everything, _) => true,
+            // The tunnel's table knows, and is asked after this.
+            (Self::Everything | Self::Allowed, _) => true,
         }
     }
 }
@@ -68,6 +71,8 @@ impl Routes {
 pub enum Start<E> {
     /// We do, at once and until there is a session: the peer is there.
     Connect(E),
+    /// We do, as soon as there is something to send: the peer is there.
+    Ask(E),
     /// The peer does: until then nobody knows where it is.
     Listen,
 }
@@ -147,14 +152,14 @@ impl<E: Copy + Eq> Peer<E> {
             Some(Arc::clone(own.limiter)),
         );
         let endpoint = match config.start {
-            Start::Connect(endpoint) => Some(endpoint),
+            Start::Connect(endpoint) | Start::Ask(endpoint) => Some(endpoint),
             Start::Listen => None,
         };
         Self {
             tunn,
             public_key: config.public_key,
             routes: config.routes,
-            persistent: endpoint.is_some(),
+            persistent: matches!(config.start, Start::Connect(_)),
             endpoint,
             connecting: None,
             established: false,

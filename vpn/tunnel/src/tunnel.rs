@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
+use ipnet::IpNet;
 use ring::hmac;
 use x25519_dalek::{PublicKey, StaticSecret};
 
+use crate::allowed::AllowedIps;
 use crate::drops::{DropReason, Drops};
 use crate::effects::Effects;
 use crate::inner::Inner;
@@ -50,7 +52,7 @@ pub struct PeerId(u32);
 
 impl PeerId {
     /// The peer whose session has this index at our end.
-    fn of_session(session: u32) -> Self {
+    pub(crate) fn of_session(session: u32) -> Self {
         Self(session >> SESSION_BITS)
     }
 }
@@ -110,6 +112,8 @@ pub struct Tunnel<E> {
     by_key: BTreeMap<[u8; 32], PeerId>,
     by_v4: BTreeMap<Ipv4Addr, PeerId>,
     by_v6: BTreeMap<Ipv6Addr, PeerId>,
+    /// Of peers with [`Routes::Allowed`].
+    allowed: AllowedIps,
     /// The one peer for all addresses.
     everything: Option<PeerId>,
     /// Timers that run: of this peer and those behind it.
@@ -145,6 +149,7 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
             by_key: BTreeMap::new(),
             by_v4: BTreeMap::new(),
             by_v6: BTreeMap::new(),
+            allowed: AllowedIps::default(),
             everything: None,
             sweep: None,
             effects: Effects {
@@ -175,7 +180,7 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
         let mut peer = Box::new(Peer::new(config, &own, id.0, now));
         match config.start {
             Start::Connect(_) => peer.connect(now, &mut self.effects),
-            Start::Listen => {}
+            Start::Ask(_) | Start::Listen => {}
         }
         self.effects.settle(id, &peer);
         self.peers.insert(id, peer);
@@ -186,6 +191,7 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
                 self.by_v6.insert(v6, id);
             }
             Routes::Everything => self.everything = Some(id),
+            Routes::Allowed => {}
         }
         Ok(id)
     }
@@ -202,9 +208,25 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
                 self.by_v6.remove(&v6);
             }
             Routes::Everything => self.everything = None,
+            Routes::Allowed => self.allowed.remove_peer(id),
         }
         self.effects.flushing.remove(&id);
         true
+    }
+
+    /// Sends what is for `network` to this peer, and lets it send from there: nobody else from now on, but for longer
+    /// networks in it. False, and nothing is done, for a peer without [`Routes::Allowed`].
+    pub fn allow(&mut self, id: PeerId, network: IpNet) -> bool {
+        let is_one = self.peers.get(&id).is_some_and(|peer| matches!(peer.routes(), Routes::Allowed));
+        if is_one {
+            self.allowed.insert(network, id);
+        }
+        is_one
+    }
+
+    /// Takes `network` from this peer, if it was its.
+    pub fn disallow(&mut self, id: PeerId, network: IpNet) {
+        self.allowed.remove(network, id);
     }
 
     /// Drops a peer's sessions and begins a handshake at once: after a sleep, or a copy of the machine.
@@ -240,7 +262,7 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
             IpAddr::V4(address) => self.by_v4.get(&address),
             IpAddr::V6(address) => self.by_v6.get(&address),
         };
-        own.copied().or(self.everything)
+        own.copied().or_else(|| self.allowed.get(address)).or(self.everything)
     }
 
     /// All peers in the order of their ids.
@@ -392,7 +414,15 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
         }
         let result = peer.open(source, session, datagram, out, now, &mut self.effects);
         self.effects.settle(id, peer);
-        result.map(|packet| packet.map(|packet| Received { peer: id, packet }))
+        let Some(packet) = result? else { return Ok(None) };
+        if matches!(peer.routes(), Routes::Allowed) {
+            // In the table of all, so that of two networks, one in the other, each peer speaks for its own.
+            let source = Inner::parse(packet).ok_or(DropReason::Malformed)?.source;
+            if self.allowed.get(source) != Some(id) {
+                return Err(DropReason::Source);
+            }
+        }
+        Ok(Some(Received { peer: id, packet }))
     }
 
     fn send(
@@ -454,7 +484,7 @@ impl<E: Copy + Eq + Hash> Tunnel<E> {
             Routes::Everything if !self.peers.is_empty() => Err(AddPeerError::Everything),
             Routes::Own { v4, .. } if self.by_v4.contains_key(&v4) => Err(AddPeerError::Address(v4.into())),
             Routes::Own { v6, .. } if self.by_v6.contains_key(&v6) => Err(AddPeerError::Address(v6.into())),
-            Routes::Everything | Routes::Own { .. } => Ok(()),
+            Routes::Everything | Routes::Own { .. } | Routes::Allowed => Ok(()),
         }
     }
 

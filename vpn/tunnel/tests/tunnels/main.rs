@@ -1,6 +1,7 @@
 //! Tunnels in memory, one against the other.
 #![expect(clippy::unwrap_used, reason = "a test may fail where it stands")]
 
+mod allowed;
 mod clock;
 mod data;
 mod handshake;
